@@ -1,0 +1,6 @@
+"""`python -m converters` is `timmport`."""
+
+from converters.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The command line: `timmport COMMAND`; every command takes --json.
+
+Exit codes: 0 done, 1 refused (one line on standard error), 2 usage, 3 parity failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from converters.errors import ConverterError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="timmport",
+    help="Bring vision checkpoints from any framework into timm, provably unchanged.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint: a file, a folder, or a TensorFlow prefix.")]
+Key = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Where the state dict lies in the file: model.teacher")
+]
+Ema = Annotated[bool | None, typer.Option("--ema/--no-ema", help="Averaged or raw weights, where both are there.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+@app.command()
+def inspect(ckpt: Source, key: Key = None, ema: Ema = None, as_json: Json = False) -> None:
+    """Say what a checkpoint is: format, wrappers, family, tensors."""
+    from converters.conversion import inspect as inspect_checkpoint
+
+    inspection = inspect_checkpoint(ckpt, key=key, ema=ema)
+    if as_json:
+        from converters.reports.documents import inspection_document
+
+        _print_json(inspection_document(inspection))
+    else:
+        from converters.reports.terminal import show_inspection
+
+        show_inspection(inspection)
+
+
+@app.command()
+def convert(
+    ckpt: Source,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="The folder to write.")] = None,
+    family: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A mapping; else it is detected.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="MODEL", help="A timm model; else the one that fits.")] = None,
+    arg: Annotated[list[str] | None, typer.Option(metavar="K=V", help="An argument of the timm model.")] = None,
+    key: Key = None,
+    ema: Ema = None,
+    img_size: Annotated[int | None, typer.Option(metavar="N", help="Pixels a side, for config.json.")] = None,
+    dtype: Annotated[str, typer.Option(help="source, float32, float16 or bfloat16.")] = "source",
+    expect_sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse any other content.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no tensor data.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write timm-native weights."""
+    from converters.conversion import convert as convert_checkpoint
+    from converters.reports.terminal import progress_bar, show_conversion
+
+    if out is None and not dry_run:
+        raise typer.BadParameter("say where to with -o DIR, or use --dry-run")
+    if dtype not in ("source", "float32", "float16", "bfloat16"):
+        raise typer.BadParameter(f"--dtype {dtype} is none of source, float32, float16, bfloat16")
+    with progress_bar("converting") as progress:
+        conversion = convert_checkpoint(
+            ckpt,
+            out or Path(),
+            family=family,
+            target=to,
+            args=dict(map(_argument, arg or [])),
+            key=key,
+            ema=ema,
+            img_size=img_size,
+            dtype=dtype,
+            expect_sha256=expect_sha256,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        from converters.reports.documents import conversion_document
+
+        _print_json(conversion_document(conversion))
+    else:
+        show_conversion(conversion)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `convert` wrote.")],
+    source: Annotated[Path, typer.Option(metavar="CKPT", help="The checkpoint that it was converted from.")],
+    reference: Annotated[
+        str, typer.Option(metavar="auto|mmdet:CONFIG|RECORDING", help="The source's own model, or what it recorded.")
+    ] = "auto",
+    python: Annotated[str | None, typer.Option(metavar="EXE", help="The Python that has the framework.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Let the framework run code that CKPT holds.")] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Then the reference is ended.")] = 900.0,
+    as_json: Json = False,
+) -> None:
+    """Compare a conversion with the source framework's own model; exit code 3 where they differ."""
+    from converters.reports.terminal import show_verdict, status
+    from converters.verifier import verify as verify_conversion
+
+    with status() as tell:
+        verdict = verify_conversion(
+            directory, source, reference=reference, python=python, trust=trust, timeout=timeout, progress=tell
+        )
+    if as_json:
+        print(verdict.to_json())
+    else:
+        show_verdict(verdict)
+    if not verdict.passed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Where to.")] = Path("timmport-demo"),
+    as_json: Json = False,
+) -> None:
+    """Convert and verify a small checkpoint that ships with the project."""
+    from converters.demo import run_demo
+    from converters.reports.documents import demo_document
+    from converters.reports.terminal import progress_bar, show_demo
+
+    with progress_bar("converting") as progress:
+        result = run_demo(out, progress)
+    if as_json:
+        _print_json(demo_document(result))
+    else:
+        show_demo(result)
+    if not result.verdict.passed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def families(
+    name: Annotated[str | None, typer.Argument(help="One family, or a mapping file.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of mapping files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the mappings and their targets."""
+    from converters.mapping import MappingFile, find_mappings, load_mapping
+    from converters.reports.documents import family_document
+    from converters.reports.terminal import show_families, show_family
+
+    if schema:
+        _print_json(MappingFile.model_json_schema())
+        return
+    mappings = [load_mapping(one) for one in ([name] if name else find_mappings())]
+    if as_json:
+        documents = [family_document(mapping) for mapping in mappings]
+        _print_json(documents[0] if name else documents)
+    elif name:
+        show_family(mappings[0])
+    else:
+        show_families(mappings)
+
+
+def main() -> None:
+    """The entry point: runs a command and turns what a user can mend into a line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except ConverterError as error:
+        print(f"timmport: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("timmport: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """`pad_type=same` or `depths=[2,2]`: the value is JSON where it reads as JSON, else text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--arg {text} has no value; write K=V")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,103 @@
+"""The flow: open a checkpoint, find a plan that closes, emit it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.errors import CheckpointError, NotExpressible, PlanError
+from converters.readers import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from converters.plan import Plan
+
+__all__ = ["Conversion", "Inspection", "convert", "inspect"]
+
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did, or with `dry_run` would do."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    directory: Path | None  # None after a dry run
+    record: dict[str, Any]  # what conversion.json holds
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is."""
+
+    checkpoint: Checkpoint
+    plan: Plan | None  # if one closes
+    reason: str = ""  # why none does
+
+
+def convert(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    target: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    ema: bool | None = None,
+    img_size: int | None = None,
+    dtype: str = "source",
+    expect_sha256: str | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a checkpoint into a folder that `timm.create_model('local-dir:DIRECTORY', pretrained=True)` loads.
+
+    `family` (a name, or a file) and `target` (a timm model) are found where they are not given; `args` are
+    timm's, on top of the mapping's own; `img_size` in pixels. Raises ConverterError; then nothing is left
+    at `directory`.
+    """
+    checkpoint = open_checkpoint(source, key=key, ema=ema)
+    with ThreadPoolExecutor(1) as background:
+        digest = None if dry_run else background.submit(checkpoint.sha256)  # while timm is imported
+        from converters.description import describe, write_description
+        from converters.detection import find_plan
+        from converters.emitter import new_folder, write_tensors
+
+        plan = find_plan(checkpoint, family=family, target=target, args=args)
+        record = describe(plan, checkpoint, dtype=dtype, img_size=img_size)
+        if digest is None:
+            return Conversion(checkpoint, plan, None, record)
+        total, done = sum(step.target.nbytes for step in plan.steps), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress:
+                progress(done, total)
+
+        with new_folder(Path(directory), overwrite) as folder:
+            write_tensors(plan, checkpoint, folder / "model.safetensors", dtype=dtype, progress=advance)
+            record["source"]["sha256"] = digest.result()
+            if expect_sha256 and expect_sha256.lower() != digest.result():
+                raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=source)
+            write_description(plan, record, folder)
+    return Conversion(checkpoint, plan, Path(directory), record)
+
+
+def inspect(source: str | os.PathLike[str], *, key: str | None = None, ema: bool | None = None) -> Inspection:
+    """What a checkpoint is: its form, its tensors, and the timm model that it would become.
+
+    Raises CheckpointError when it cannot be read.
+    """
+    checkpoint = open_checkpoint(source, key=key, ema=ema)
+    from converters.detection import find_plan
+
+    try:
+        return Inspection(checkpoint, find_plan(checkpoint))
+    except (PlanError, NotExpressible) as error:
+        return Inspection(checkpoint, None, str(error))

@@ -1,0 +1,167 @@
+"""What lies beside the weights: config.json in timm's own form, conversion.json, and a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from converters.detection import reference_of
+from converters.plan import Plan, route
+from converters.readers import Checkpoint
+
+__all__ = ["describe", "write_description"]
+
+_SOMEBODY_ELSES = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "url", "hf_hub_id", "file")
+
+
+def describe(
+    plan: Plan, checkpoint: Checkpoint, *, dtype: str = "source", img_size: int | None = None
+) -> dict[str, Any]:
+    """The content of conversion.json: where everything comes from. No time, host or path, so that runs agree."""
+    mapping, skeleton = plan.mapping, plan.skeleton
+    return {
+        "conversion": 1,
+        "source": {
+            "name": checkpoint.path.name,
+            "format": checkpoint.format,
+            "writer": checkpoint.writer,
+            "integrity": checkpoint.integrity,
+            "bytes": sum(file.size for file in checkpoint.files),
+        },
+        "wrappers": list(checkpoint.wrappers),
+        "family": mapping.name
+        if not mapping.path.is_absolute() or mapping.name != str(mapping.path)
+        else mapping.path.name,
+        "family_sha256": hashlib.sha256(mapping.path.read_bytes()).hexdigest(),
+        "target": {"architecture": skeleton.architecture, "args": skeleton.args},
+        "dtype": dtype,
+        "input_size": _input_size(plan, img_size),
+        "reference": _reference(plan, checkpoint, img_size),
+        "caveats": list(plan.caveats),
+        "tensors": {
+            step.target.name: {"fill": step.origin.fill}
+            if step.origin.fill is not None
+            else {
+                "from": list(step.origin.sources),
+                "ops": step.origin.ops.text,
+                "line": step.origin.rule.line if step.origin.rule else None,
+            }
+            for step in sorted(plan.steps, key=lambda step: step.target.name)
+        },
+        "drops": {name: drop.reason for name, drop in sorted(plan.drops.items())},
+        "set_aside": dict(sorted(checkpoint.set_aside.items())),
+        "versions": {name: version(name) for name in ("timmport", "timm", "torch", "safetensors")},
+    }
+
+
+def write_description(plan: Plan, record: Mapping[str, Any], folder: Path) -> None:
+    """config.json, conversion.json and README.md in `folder`."""
+    _write_json(folder / "conversion.json", record)
+    _write_config(plan, record, folder / "config.json")
+    (folder / "README.md").write_text(_card(record), "utf-8")
+
+
+def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
+    """timm's own writer, and then without what describes timm's own weights of this architecture."""
+    from timm.models._hub import save_config_for_hf
+
+    model = plan.skeleton.model
+    channels, height, width = record["input_size"]
+    preprocess = dict(plan.mapping.preprocess)
+    for key in ("mean", "std"):
+        values = preprocess.get(key, model.pretrained_cfg[key])
+        preprocess[key] = list(values) if len(values) == channels else [values[0]] * channels
+    save_config_for_hf(
+        model,
+        str(path),
+        model_args={**plan.skeleton.args, "num_classes": model.num_classes},
+        data_config={**preprocess, "input_size": (channels, height, width)},
+    )
+    config = json.loads(path.read_text("utf-8"))
+    for key in _SOMEBODY_ELSES:
+        config["pretrained_cfg"].pop(key, None)
+    _write_json(path, config)
+
+
+def _input_size(plan: Plan, img_size: int | None) -> list[int]:
+    size = list(plan.skeleton.model.pretrained_cfg["input_size"])
+    size[0] = plan.skeleton.args.get("in_chans", size[0])
+    if given := img_size or plan.skeleton.args.get("img_size"):
+        size[1:] = [given, given] if isinstance(given, int) else list(given)
+    return size
+
+
+def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | None) -> dict[str, Any] | None:
+    """The mapping's reference with every `$name` put in."""
+    reference = reference_of(plan.mapping, checkpoint, route(plan.mapping, checkpoint.specs))
+    if reference is None:
+        return None
+    model, size = plan.skeleton.model, _input_size(plan, img_size)
+    values = {
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "in_chans": size[0],
+        "img_size": size[1],
+        **plan.mapping.targets.get(plan.skeleton.architecture, {}),
+    }
+    return {"runner": reference.runner, "model": _filled(reference.model, values), "outputs": reference.outputs}
+
+
+def _filled(template: Any, values: Mapping[str, Any]) -> Any:
+    """A template with its `$names` replaced; an entry whose name has no value is left out.
+
+    >>> _filled({"depth": "$depth", "groups": "$groups", "shape": ["$size", 3]}, {"depth": 50, "size": 8})
+    {'depth': 50, 'shape': [8, 3]}
+    """
+    if isinstance(template, dict):
+        return {key: _filled(value, values) for key, value in template.items() if not _unknown(value, values)}
+    if isinstance(template, list):
+        return [_filled(value, values) for value in template]
+    return values[template[1:]] if isinstance(template, str) and template.startswith("$") else template
+
+
+def _unknown(template: Any, values: Mapping[str, Any]) -> bool:
+    return isinstance(template, str) and template.startswith("$") and template[1:] not in values
+
+
+def _card(record: Mapping[str, Any]) -> str:
+    source, target = record["source"], record["target"]
+    args = ", ".join(f"{key}={value!r}" for key, value in target["args"].items()) or "timm's defaults"
+    sources = sum("from" in tensor for tensor in record["tensors"].values())
+    caveats = "".join(f"\n> {caveat}\n" for caveat in record["caveats"])
+    return f"""---
+library_name: timm
+tags:
+- image-classification
+- timm
+---
+# {_plain(target["architecture"])} from {_plain(source["name"])}
+
+Converted by timmport {record["versions"]["timmport"]} from a {source["format"]} checkpoint of the family
+`{record["family"]}`. Every tensor's origin is in `conversion.json`.
+{caveats}
+| | |
+|---|---|
+| architecture | `{target["architecture"]}` ({args}) |
+| source | `{_plain(source["name"])}`, SHA-256 `{source["sha256"]}` |
+| tensors | {len(record["tensors"])}, {sources} of them from sources; {len(record["drops"])} sources dropped |
+
+```python
+import timm
+model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True)
+```
+"""
+
+
+def _plain(text: str) -> str:
+    """Text without what Markdown or HTML would read as markup."""
+    return re.sub(r"[^\w.\- ]", "_", text)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")

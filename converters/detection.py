@@ -1,0 +1,179 @@
+"""Detection: the first family and target whose plan closes.
+
+Detection is planning. A family applies if its `detect` names are there; a target fits if its plan closes;
+and a file that fits several functions is never settled by a guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from converters.diagnosis import diagnose
+from converters.errors import NotExpressible, PlanError, TargetError, printable
+from converters.mapping import Mapping as Family
+from converters.mapping import ReferenceFile, Refusal, When, find_mappings, load_mapping, mappings_folder
+from converters.names import prefixes, split
+from converters.plan import Plan, Problem, Route, make_plan, read_off, route
+from converters.readers import Checkpoint
+from converters.target import build_skeleton, traits_of
+
+__all__ = ["applying_families", "find_plan", "name_digest", "reference_of"]
+
+_OPTIONAL = ("head", "fc.", "fc_norm.", "classifier", "last_linear", "norm.")
+
+
+def find_plan(
+    checkpoint: Checkpoint,
+    *,
+    family: str | None = None,
+    target: str | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> Plan:
+    """A plan that closes.
+
+    Raises PlanError with every problem of the nearest target, NotExpressible where a family refuses the
+    file, TargetError where `target` or `args` are none of timm's.
+    """
+    families = [load_mapping(family)] if family else applying_families(checkpoint)
+    if not families:
+        names = ", ".join(find_mappings())
+        raise PlanError(
+            f"is of no family that is known here ({_first_names(checkpoint)})",
+            file=checkpoint.path,
+            cure=f"add a mapping file, or name one with --family ({names})",
+        )
+    nearest: tuple[tuple[Problem, ...], Family, str] | None = None
+    for mapping in families:
+        caveats = _check_refusals(mapping, checkpoint)
+        routes = route(mapping, checkpoint.specs)
+        closed: list[Plan] = []
+        for architecture in _candidates(mapping, checkpoint, routes, target):
+            try:
+                plan = _plan_for(mapping, checkpoint, routes, architecture, dict(args or {}))
+            except TargetError:
+                if target or not mapping.any_target:
+                    raise
+                continue  # the family's arguments are not every model's
+            if not isinstance(plan, Plan):
+                if nearest is None or len(plan) < len(nearest[0]):
+                    nearest = plan, mapping, architecture
+            elif mapping.any_target and target is None:
+                closed.append(replace(plan, caveats=caveats))
+            else:
+                return replace(plan, caveats=caveats)
+        if closed:
+            return _only(closed, checkpoint)
+    if nearest is None:
+        raise PlanError("no timm model has these tensors", file=checkpoint.path, cure="name one with --to MODEL")
+    raise diagnose(nearest[1], nearest[2], nearest[0])
+
+
+def applying_families(checkpoint: Checkpoint) -> list[Family]:
+    """The families whose `detect` names the checkpoint has, those for a few targets before those for any."""
+    raw = [split(name) for name in checkpoint.tensors]
+    found = []
+    for name in find_mappings():
+        mapping = load_mapping(name)
+        segments = [*raw, *(mapping.stripped(name) for name in checkpoint.tensors)] if mapping.strip else raw
+        if all(any(p.match(s) for p in patterns for s in segments) for patterns in mapping.detect):
+            found.append(mapping)
+    return sorted(found, key=lambda mapping: mapping.any_target)
+
+
+def reference_of(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> ReferenceFile | None:
+    """The source framework's model whose function this checkpoint's weights belong to."""
+    for reference in mapping.references:
+        if _holds(reference.when, checkpoint, routes):
+            return reference
+    return None
+
+
+def _plan_for(
+    mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...], architecture: str, args: dict[str, Any]
+) -> Plan | tuple[Problem, ...]:
+    reference = reference_of(mapping, checkpoint, routes)
+    own = {**mapping.target_args, **(reference.target_args if reference else {})}
+    read = read_off(mapping, routes, traits_of(architecture))
+    return make_plan(mapping, routes, build_skeleton(architecture, {**own, **read, **args}))
+
+
+def _candidates(
+    mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...], target: str | None
+) -> Iterator[str]:
+    if target:
+        traits_of(target)
+        yield target
+    elif mapping.any_target:
+        yield from _by_names(checkpoint, routes)
+    else:
+        yield from mapping.targets
+
+
+def _by_names(checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
+    """The timm models that a timm checkpoint may be: the one that it names, or those with the same tensor names."""
+    named = checkpoint.metadata.get("arch") or checkpoint.metadata.get("architecture")
+    if isinstance(named, str):
+        try:
+            traits_of(named)
+            return [named]
+        except TargetError:
+            pass
+    index = json.loads((mappings_folder() / "timm" / "index.json").read_text("utf-8"))
+    return index.get(name_digest(".".join(item.segments) for item in routes), [])
+
+
+def name_digest(names: Iterable[str]) -> str:
+    """A short digest of tensor names, without those of heads and final norms, which a user may have taken off."""
+    kept = sorted(name for name in names if not name.startswith(_OPTIONAL))
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:12]
+
+
+def _only(closed: list[Plan], checkpoint: Checkpoint) -> Plan:
+    """The one plan that closed; several are several functions, and only the user knows which."""
+    if len(closed) == 1:
+        return closed[0]
+    names = ", ".join(plan.skeleton.architecture for plan in closed)
+    raise PlanError(
+        f"fits {len(closed)} timm models that compute different functions ({names})",
+        file=checkpoint.path,
+        cure="say which with --to MODEL",
+    )
+
+
+def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The reasons that the file can neither confirm nor rule out. Raises NotExpressible for one that it confirms."""
+    routes = route(mapping, checkpoint.specs)
+    unsure: list[Refusal] = []
+    for refusal in mapping.refuse:
+        if _holds(refusal.when, checkpoint, routes):
+            raise NotExpressible(
+                f"is of {mapping.name}, but timm cannot compute it: {refusal.reason}", file=checkpoint.path
+            )
+        if refusal.unless and not _holds(refusal.unless, checkpoint, routes):
+            unsure.append(refusal)
+    return tuple(f"the file does not say whether {refusal.reason}; its tensors cannot tell" for refusal in unsure)
+
+
+def _holds(when: When | None, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> bool:
+    if when is None:
+        return True
+    if when.metadata is not None:
+        said = _squeezed(json.dumps(checkpoint.metadata, default=str))
+        texts = [when.metadata] if isinstance(when.metadata, str) else when.metadata
+        if not any(_squeezed(text) in said for text in texts):
+            return False
+    return when.source is None or split(when.source) in prefixes(item.segments for item in routes)
+
+
+def _squeezed(text: str) -> str:
+    """Text without spaces, quotes and escapes: configurations are written in many styles."""
+    return "".join(c for c in text.replace("\\n", "") if c not in " \t\r\n'\"\\")
+
+
+def _first_names(checkpoint: Checkpoint) -> str:
+    names = [printable(name, 60) for name in list(checkpoint.tensors)[:3]]
+    return ", ".join(names) + (", ..." if len(checkpoint.tensors) > 3 else "")

@@ -1,0 +1,229 @@
+"""The emitter: a plan and a checkpoint become a folder that timm loads.
+
+`model.safetensors` is written header first, then tensor by tensor at the places that the header gives, in
+the source's own order; a second thread reads ahead by one origin. Everything goes to a temporary folder
+beside the destination, is flushed to the disk, read back by the safetensors library, and renamed, so that
+the destination is absent, old, or new and whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from converters.errors import OutputError
+from converters.ops import OpError
+from converters.plan import Plan, Step
+from converters.readers import Checkpoint
+from converters.tensors import DTYPES, TensorSpec, from_torch, to_torch
+
+__all__ = ["OUTPUT_FILES", "new_folder", "write_tensors"]
+
+OUTPUT_FILES = ("model.safetensors", "config.json", "conversion.json", "README.md", "verification.json")
+
+
+@contextmanager
+def new_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `destination` when the block ends well, and vanishes when it does not.
+
+    Raises OutputError when the destination exists and may not be replaced, or cannot be written.
+    """
+    _check_destination(destination, overwrite)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        folder.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", file=destination) from error
+    try:
+        yield folder
+        for path in folder.iterdir():
+            _flush(path)
+        _flush(folder)
+        _rename(folder, destination)
+        _flush(destination.parent)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", file=destination) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_tensors(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    dtype: str = "source",
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """`path` as safetensors: the plan's targets, in the source's dtype or in another float dtype, rounded once.
+
+    Raises CheckpointError when the source is damaged, OutputError when a value overflows the dtype.
+    """
+    specs = {step.target.name: _emitted(step.target, dtype) for step in plan.steps}
+    header, places = _layout(specs)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        _write(file, memoryview(header), 0)
+        for step, raw in _contents(plan, checkpoint, specs):
+            _write(file, raw, len(header) + places[step.target.name])
+            if progress:
+                progress(len(raw))
+    finally:
+        os.close(file)
+    for source in checkpoint.files:
+        source.check_unchanged()
+    _read_back(path, specs)
+
+
+def _contents(plan: Plan, checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> Iterator[tuple[Step, memoryview]]:
+    """Every step's bytes, origin by origin in the source's order, read one origin ahead."""
+    place = {name: index for index, name in enumerate(checkpoint.tensors)}
+    groups = sorted(
+        plan.origins.values(), key=lambda steps: min(map(place.__getitem__, steps[0].origin.sources), default=-1)
+    )
+
+    def compute(steps: list[Step]) -> list[memoryview]:
+        return _compute(steps, checkpoint, specs)
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(compute, groups[0]) if groups else None
+        for index, steps in enumerate(groups):
+            assert ahead
+            results = ahead.result()
+            ahead = reader.submit(compute, groups[index + 1]) if index + 1 < len(groups) else None
+            yield from zip(steps, results, strict=True)
+
+
+def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> list[memoryview]:
+    """The bytes of the steps that share one origin, in their order."""
+    import torch
+
+    origin, wanted = steps[0].origin, [specs[step.target.name] for step in steps]
+    if origin.fill is not None:
+        return [from_torch(torch.full(spec.shape, origin.fill, dtype=getattr(torch, spec.dtype))) for spec in wanted]
+    sources = [checkpoint.tensors[name] for name in origin.sources]
+    if not origin.ops.ops and len(sources) == 1 and wanted[0].dtype == sources[0].spec.dtype:
+        return [sources[0].read()]
+    tensors = [to_torch(source.read(), source.spec) for source in sources]
+    try:
+        results = origin.ops.run(tensors, origin.parts)
+    except OpError as error:
+        raise OutputError(str(error), tensor=wanted[0].name) from error
+    return [from_torch(_cast(results[step.part], spec)) for step, spec in zip(steps, wanted, strict=True)]
+
+
+def _cast(tensor: Any, spec: TensorSpec) -> Any:
+    """Round to nearest even, once; a finite value that becomes infinite is refused."""
+    import torch
+
+    dtype = getattr(torch, spec.dtype)
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if overflow := int((torch.isfinite(tensor) & ~torch.isfinite(cast)).sum()):
+        raise OutputError(
+            f"{overflow} values do not fit {spec.dtype}", tensor=spec.name, cure="try --dtype bfloat16 or float32"
+        )
+    return cast
+
+
+def _emitted(spec: TensorSpec, dtype: str) -> TensorSpec:
+    keep = dtype == "source" or not spec.dtype.startswith(("float", "bfloat"))
+    return spec if keep else TensorSpec(spec.name, spec.shape, dtype)
+
+
+def _layout(specs: dict[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The header that the safetensors library would write, and each tensor's offset behind it.
+
+    The library sorts by alignment, widest first, then by name, and pads the header to eight bytes with spaces.
+    """
+    rank = {dtype: index for index, dtype in enumerate(_LIBRARY_ORDER)}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, offset = {}, 0
+    for spec in sorted(specs.values(), key=lambda s: (rank[s.dtype], s.name.encode())):
+        end = offset + spec.nbytes
+        entries[spec.name] = {
+            "dtype": DTYPES[spec.dtype][0],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        places[spec.name], offset = offset, end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, places
+
+
+_LIBRARY_ORDER = (  # widest first; within a width as the library's own enumeration has them, last first
+    "uint64", "int64", "float64", "complex64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16",
+    "int16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool",
+)  # fmt: skip
+
+
+def _write(file: int, raw: memoryview, offset: int) -> None:
+    while len(raw):
+        count = os.pwrite(file, raw, offset)
+        raw, offset = raw[count:], offset + count
+
+
+def _read_back(path: Path, specs: dict[str, TensorSpec]) -> None:
+    """Open the file with the safetensors library and compare every entry."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise OutputError(f"was not written whole: {error}", file=path) from error
+    if found != {name: (DTYPES[spec.dtype][0], spec.shape) for name, spec in specs.items()}:
+        raise OutputError("does not hold what was written to it", file=path)
+
+
+def _check_destination(destination: Path, overwrite: bool) -> None:
+    if not os.path.lexists(destination):
+        return
+    if destination.is_symlink() or not destination.is_dir():
+        raise OutputError("is there already and is no folder", file=destination, cure="choose another name")
+    present = {path.name for path in destination.iterdir()}
+    if present and not overwrite:
+        raise OutputError("is there already", file=destination, cure="choose another name, or pass --overwrite")
+    if foreign := sorted(present - set(OUTPUT_FILES)):
+        raise OutputError(f"holds other files too ({foreign[0]})", file=destination, cure="choose another name")
+
+
+def _rename(folder: Path, destination: Path) -> None:
+    if not destination.exists() or not any(destination.iterdir()):
+        folder.rename(destination)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
+    destination.rename(old / destination.name)
+    try:
+        folder.rename(destination)
+    except OSError:
+        (old / destination.name).rename(destination)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,289 @@
+"""The name language: patterns that read names, templates that write them.
+
+A name is segments between `.` or `/`. In a pattern
+
+    {i}          captures a number within its segment
+    {l}          captures one of the words of table `l`, where the mapping has such a table
+    {*}          captures any text within a segment
+    {q|k|v}      takes each of these words, in this order: a gather on the left, a scatter on the right
+    *            any text within a segment, not captured
+    **           any number of whole segments
+
+and everything else is itself. A pattern matches a name from its first segment to the end of a segment, so
+that a module's pattern also takes what lies under the module. In a template `{i+1}` is integer arithmetic.
+
+>>> found = Pattern.parse("stages.{i}.downsample").match(split("stages.2.downsample.norm.weight"))
+>>> found.captures, found.rest
+({'i': 2}, ('norm', 'weight'))
+>>> Template.parse("layers.{i+1}.downsample").render(found.captures)
+('layers.3.downsample',)
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+__all__ = ["Match", "Pattern", "Template", "fold", "prefixes", "split"]
+
+Value = int | str
+Tables = Mapping[str, Mapping[str, Value]]
+
+_FIELD = re.compile(r"\{([^{}]*)\}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+_OPERATORS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+@lru_cache(maxsize=1 << 16)
+def split(name: str) -> tuple[str, ...]:
+    """A name's segments.
+
+    >>> split("stem/conv2d/kernel"), split("stages.0.norm")
+    (('stem', 'conv2d', 'kernel'), ('stages', '0', 'norm'))
+    """
+    return tuple(re.split(r"[./]", name))
+
+
+def prefixes(names: Iterable[tuple[str, ...]]) -> frozenset[tuple[str, ...]]:
+    """Every name and every module around one.
+
+    >>> sorted(prefixes([("a", "b", "weight")]))
+    [('a',), ('a', 'b'), ('a', 'b', 'weight')]
+    """
+    return frozenset(name[:end] for name in names for end in range(1, len(name) + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a pattern found in a name."""
+
+    captures: dict[str, Value]
+    rest: tuple[str, ...]  # the segments behind the match
+    rank: tuple[int, int]  # segments taken, literal characters: the greater is the more specific
+    choice: int = 0  # which word of a gather
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The left side of a row, read once into one regular expression a segment.
+
+    >>> Pattern.parse("**.relative_position_index").match(split("a.b.relative_position_index")).rank
+    (3, 23)
+    >>> Pattern.parse("{query|key|value}.weight").choices
+    ('query', 'key', 'value')
+    """
+
+    text: str
+    segments: tuple[re.Pattern[str] | None, ...]  # None is `**`
+    literals: int
+    choices: tuple[str, ...] = ()
+    tables: Tables = None  # type: ignore[assignment]
+
+    @classmethod
+    def parse(cls, text: str, tables: Tables | None = None) -> Pattern:
+        """Raises ValueError with what is wrong about `text`."""
+        tables = tables or {}
+        segments: list[re.Pattern[str] | None] = []
+        literals, choices, seen = 0, (), set()
+        for segment in _segments_of(text.removesuffix(".**").removesuffix("/**")):
+            if segment == "**":
+                segments.append(None)
+                continue
+            regex = ""
+            for literal, field in _pieces(segment):
+                if field is None:
+                    literals += len(literal.replace("*", ""))
+                    regex += "[^./]*".join(map(re.escape, literal.split("*")))
+                elif "|" in field:
+                    if choices:
+                        raise ValueError(f"`{text}` gathers twice")
+                    choices = tuple(word.strip() for word in field.split("|"))
+                    regex += f"(?P<_choice>{'|'.join(map(re.escape, choices))})"
+                elif field == "*":
+                    seen.add(field)
+                    regex += "(?P<_any>[^./]*)"
+                elif not _NAME.fullmatch(field):
+                    raise ValueError(f"`{{{field}}}` is no capture; arithmetic belongs on the right side")
+                elif field in seen:
+                    raise ValueError(f"`{text}` captures {{{field}}} twice")
+                else:
+                    seen.add(field)
+                    words = sorted(map(re.escape, tables.get(field, ())), key=len, reverse=True)
+                    regex += f"(?P<{field}>{'|'.join(words) or '[0-9]{1,9}'})"
+            segments.append(re.compile(regex))
+        return cls(text, tuple(segments), literals, choices, {k: v for k, v in tables.items() if k in seen})
+
+    def match(self, name: tuple[str, ...]) -> Match | None:
+        """What this pattern takes of a name's segments, or None."""
+        if None in self.segments:
+            taken, groups = self._match_across(name)
+        elif len(name) < len(self.segments):
+            return None
+        else:
+            taken, groups = len(self.segments), {}
+            for regex, segment in zip(self.segments, name, strict=False):
+                found = regex.fullmatch(segment)  # type: ignore[union-attr]
+                if not found:
+                    return None
+                groups.update(found.groupdict())
+        if not taken:
+            return None
+        choice = self.choices.index(groups.pop("_choice")) if self.choices else 0
+        captures = dict(self._capture(key, text) for key, text in groups.items())
+        return Match(captures, name[taken:], (taken, self.literals), choice)
+
+    def _match_across(self, name: tuple[str, ...]) -> tuple[int, dict[str, str]]:
+        """Segments taken by a pattern with `**`, the shortest way first; a table over positions, never exponential."""
+        reached: dict[int, dict[str, str]] = {0: {}}
+        for regex in self.segments:
+            following: dict[int, dict[str, str]] = {}
+            for position, groups in reached.items():
+                if regex is None:
+                    for later in range(position, len(name)):
+                        following.setdefault(later, groups)
+                elif position < len(name) and (found := regex.fullmatch(name[position])):
+                    following.setdefault(position + 1, {**groups, **found.groupdict()})
+            reached = following
+        return min(reached.items(), default=(0, {}), key=lambda item: item[0])
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The captures that it gives."""
+        words = {word for regex in self.segments if regex for word in regex.groupindex} - {"_choice"}
+        return frozenset("*" if word == "_any" else word for word in words)
+
+    def _capture(self, key: str, text: str) -> tuple[str, Value]:
+        if key == "_any":
+            return "*", text
+        return key, self.tables[key][text] if key in self.tables else int(text)
+
+
+@dataclass(frozen=True)
+class Template:
+    """The right side of a row: literal text and expressions over captures.
+
+    >>> Template.parse("blocks.{2*i+1}.{k|v}_proj").render({"i": 3})
+    ('blocks.7.k_proj', 'blocks.7.v_proj')
+    """
+
+    text: str
+    pieces: tuple[tuple[str, ast.expr | tuple[str, ...] | None], ...]  # literal, then an expression or words
+
+    @classmethod
+    def parse(cls, text: str) -> Template:
+        """Raises ValueError with what is wrong about `text`."""
+        pieces: list[tuple[str, ast.expr | tuple[str, ...] | None]] = []
+        for literal, field in _pieces(text):
+            if field is None:
+                pieces.append((literal, None))
+            elif "|" in field:
+                pieces.append(("", tuple(word.strip() for word in field.split("|"))))
+            else:
+                pieces.append(("", ast.Name("*") if field == "*" else _expression(field)))
+        return cls(text, tuple(pieces))
+
+    @property
+    def fields(self) -> set[str]:
+        """The captures that it needs."""
+        expressions = [piece for _, piece in self.pieces if isinstance(piece, ast.expr)]
+        return {node.id for tree in expressions for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+    def render(self, captures: Mapping[str, Value]) -> tuple[str, ...]:
+        """The names for these captures: one, or as many as its scatter has words. KeyError if one is missing."""
+        texts = [""]
+        for literal, piece in self.pieces:
+            if piece is None:
+                texts = [text + literal for text in texts]
+            elif isinstance(piece, tuple):
+                texts = [text + word for text in texts for word in piece]
+            else:
+                texts = [text + str(_evaluate(piece, captures)) for text in texts]
+        return tuple(texts)
+
+
+def fold(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Names folded over their numbers and last segments, each fold with how many names it stands for.
+
+    >>> fold(["b.0.fc.weight", "b.0.fc.bias", "b.1.fc.weight", "b.1.fc.bias", "norm.bias"])
+    [('b.{0..1}.fc.{weight,bias}', 4), ('norm.bias', 1)]
+    """
+    by_leaf: dict[tuple[str, ...], tuple[list[list[int]], int]] = {}
+    for name in names:
+        parts = re.split(r"([0-9]{1,9})", name)
+        ranges, count = by_leaf.setdefault(tuple(parts[::2]), ([[] for _ in parts[1::2]], 0))
+        for numbers, number in zip(ranges, parts[1::2], strict=True):
+            numbers.append(int(number))
+        by_leaf[tuple(parts[::2])] = ranges, count + 1
+    by_module: dict[tuple[str, str], int] = {}
+    for literals, (ranges, count) in by_leaf.items():
+        texts = [*map(_range, ranges), ""]
+        cut = max(literals[-1].rfind("."), literals[-1].rfind("/")) + 1
+        module = "".join(a + b for a, b in zip(literals[:-1], texts, strict=False)) + literals[-1][:cut]
+        by_module[module if cut else "", literals[-1][cut:] if cut else module + literals[-1]] = count
+    folded: dict[str, dict[str, int]] = {}
+    for (module, leaf), count in by_module.items():
+        folded.setdefault(module if module else leaf, {})[leaf if module else ""] = count
+    return [
+        (module + (next(iter(leaves)) if len(leaves) == 1 else "{" + ",".join(leaves) + "}"), sum(leaves.values()))
+        for module, leaves in folded.items()
+    ]
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{{{low}..{high}}}"
+
+
+def _segments_of(text: str) -> list[str]:
+    """Segments of a pattern; separators inside braces do not count."""
+    return [part for part in re.split(r"[./](?![^{}]*\})", text)]
+
+
+def _pieces(text: str) -> list[tuple[str, str | None]]:
+    """Literals and fields in turn: (literal, None) or ("", field)."""
+    pieces: list[tuple[str, str | None]] = []
+    for index, part in enumerate(_FIELD.split(text)):
+        if index % 2:
+            pieces.append(("", part.strip()))
+        elif "{" in part or "}" in part:
+            raise ValueError(f"`{text}` has a brace without its partner")
+        elif part:
+            pieces.append((part, None))
+    return pieces
+
+
+def _expression(field: str) -> ast.expr:
+    try:
+        tree = ast.parse(field[:100], mode="eval").body
+        allowed = all(
+            isinstance(node, (ast.BinOp, ast.Name, ast.operator, ast.expr_context))
+            or (isinstance(node, ast.Constant) and type(node.value) is int)
+            for node in ast.walk(tree)
+        ) and all(type(node.op) in _OPERATORS for node in ast.walk(tree) if isinstance(node, ast.BinOp))
+    except (SyntaxError, ValueError):
+        allowed = False
+    if not allowed:
+        raise ValueError(f"`{{{field}}}` is no expression of captures, whole numbers and + - * // %")
+    return tree
+
+
+def _evaluate(node: ast.expr, captures: Mapping[str, Value]) -> Value:
+    if isinstance(node, ast.Name):
+        return captures[node.id]
+    if isinstance(node, ast.Constant):
+        return node.value  # type: ignore[return-value]
+    assert isinstance(node, ast.BinOp)
+    left, right = _evaluate(node.left, captures), _evaluate(node.right, captures)
+    if isinstance(left, str) or isinstance(right, str):
+        raise KeyError(f"{left if isinstance(left, str) else right} is no number")
+    return _OPERATORS[type(node.op)](left, right)

@@ -1,0 +1,262 @@
+"""The op language: what happens to tensors between their source and their target.
+
+An op takes a list of tensors and gives a list. It is written as one of
+
+    h w i o -> o i h w              an einops pattern: elements move, none is computed
+    ... (c h w) -> ... (w h c), h=2, w=2
+    cat                             several tensors become one, along the first axis (`cat 1`: the second)
+    chunk                           one becomes as many as there are names for, in equal parts
+    flip 1                          an axis reversed (BGR to RGB)
+    sum                             several tensors of one shape are added, in float64, and rounded once
+
+and ops in a row are separated by `|`. All but `sum` only move elements and derive their own inverse. An op
+has no face for shapes of its own: on torch's meta device it computes them, so a plan checks whole chains
+before a byte is read.
+
+>>> import torch
+>>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]
+[torch.Size([3, 4, 5])]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IDENTITY", "Op", "OpError", "Pipeline"]
+
+Tensors = list["torch.Tensor"]
+
+
+class OpError(Exception):
+    """An op does not fit the tensors that it was given; the text names the op, the shapes and why."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One step of a pipeline.
+
+    `run(tensors, parts)` gives the new tensors; `parts` is how many the pipeline must end with.
+    `invert(shapes)` gives the op that undoes it, given the shapes that went in; None where elements are
+    computed and the way back is lost.
+    """
+
+    text: str
+    run: Callable[[Tensors, int], Tensors] = field(compare=False)
+    invert: Callable[[list[tuple[int, ...]]], Op] | None = field(compare=False)
+    rank: int | None = None  # the rank that it takes, where its text says so
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def parse(cls, text: str) -> Op:
+        """Raises ValueError with what is wrong about `text`."""
+        if "->" in text:
+            return _rearrange(text)
+        word, *rest = text.split()
+        if word not in _BUILTIN:
+            raise ValueError(
+                f"`{text}` is no op; there are {', '.join(_BUILTIN)}, einops patterns, and the entries of `ops:`"
+            )
+        if any(not part.isdigit() for part in rest) or len(rest) > 1:
+            raise ValueError(f"`{text}`: {word} takes the number of an axis and nothing else")
+        return _BUILTIN[word](text, int(rest[0]) if rest else 0)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Ops in a row.
+
+    >>> Pipeline.parse("h w i o -> o i h w | flip 1").text
+    'h w i o -> o i h w | flip 1'
+    """
+
+    ops: tuple[Op, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str, named: Mapping[str, str] | None = None) -> Pipeline:
+        """Ops from their text; `named` are a mapping's own. Raises ValueError."""
+        ops: list[Op] = []
+        for part in filter(None, (piece.strip() for piece in text.split("|"))):
+            ops.extend(cls.parse(named[part]).ops if named and part in named else [Op.parse(part)])
+        return cls(tuple(ops))
+
+    def __add__(self, other: Pipeline) -> Pipeline:
+        return Pipeline(self.ops + other.ops) if other.ops else self
+
+    @property
+    def text(self) -> str:
+        return " | ".join(op.text for op in self.ops)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every op can be undone."""
+        return all(op.invert for op in self.ops)
+
+    def run(self, tensors: Sequence[torch.Tensor], parts: int = 1) -> Tensors:
+        """The tensors after every op. Raises OpError, with the op's own text."""
+        current = list(tensors)
+        for op in self.ops:
+            try:
+                current = op.run(current, parts)
+            except Exception as error:  # einops and torch raise many kinds
+                shapes = ", ".join(str(tuple(t.shape)) for t in current)
+                reason = str(error).strip().splitlines()[-1]
+                raise OpError(f"`{op.text}` does not take {shapes}: {reason}") from error
+        if len(current) != parts:
+            raise OpError(f"`{self.text or 'no op'}` gives {len(current)} tensors for {parts} names")
+        return current
+
+    def shapes(self, shapes: Sequence[tuple[int, ...]], parts: int = 1) -> list[tuple[int, ...]]:
+        """The shapes after every op, with no data. Raises OpError."""
+        if not self.ops and len(shapes) == parts:
+            return list(shapes)
+        return list(_shapes(self, tuple(shapes), parts))
+
+    def invert(self, shapes: Sequence[tuple[int, ...]], parts: int = 1) -> Pipeline:
+        """The pipeline that leads back from tensors of these shapes. Raises OpError if an op is lossy."""
+        inverses, current = [], list(shapes)
+        for op in self.ops:
+            if op.invert is None:
+                raise OpError(f"`{op.text}` has no way back")
+            inverses.append(op.invert(current))
+            current = [tuple(t.shape) for t in op.run(_meta(tuple(current)), parts)]
+        return Pipeline(tuple(reversed(inverses)))
+
+
+IDENTITY = Pipeline()
+
+
+@lru_cache(maxsize=1 << 14)
+def _shapes(pipeline: Pipeline, shapes: tuple[tuple[int, ...], ...], parts: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in pipeline.run(_meta(shapes), parts))
+
+
+def _meta(shapes: tuple[tuple[int, ...], ...]) -> Tensors:
+    import torch
+
+    return [torch.empty(shape, device="meta") for shape in shapes]
+
+
+def _rearrange(text: str) -> Op:
+    """An einops pattern with its axis lengths: `... (c h) -> ... (h c), h=2`."""
+    import einops
+
+    pattern, *sizes = (part.strip() for part in text.split(","))
+    left, arrow, right = (part.strip() for part in pattern.partition("->"))
+    lengths: dict[str, int] = {}
+    for size in sizes:
+        found = re.fullmatch(r"([a-z_]\w*)\s*=\s*([1-9][0-9]{0,8})", size)
+        if not found:
+            raise ValueError(f"`{size}` in `{text}` is no axis length; write `h=2`")
+        lengths[found[1]] = int(found[2])
+    axes = [set(re.findall(r"[A-Za-z_]\w*", side)) for side in (left, right)]
+    if not arrow or axes[0] != axes[1]:
+        raise ValueError(f"`{text}` does not keep its axes: {', '.join(sorted(axes[0] ^ axes[1])) or 'no arrow'}")
+    if unknown := set(lengths) - axes[0]:
+        raise ValueError(f"`{text}` gives a length to {', '.join(sorted(unknown))}, which it does not have")
+    try:
+        einops.rearrange(_Probe.of(left, lengths), pattern, **lengths)
+    except einops.EinopsError as error:
+        raise ValueError(f"`{text}`: {str(error).strip().splitlines()[-1]}") from error
+
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        return [einops.rearrange(tensor, pattern, **lengths) for tensor in tensors]
+
+    def invert(shapes: list[tuple[int, ...]]) -> Op:
+        known = _axis_lengths(left, shapes[0], lengths)
+        return _rearrange(", ".join([f"{right} -> {left}", *(f"{axis}={n}" for axis, n in known.items())]))
+
+    return Op(text, run, invert, None if "..." in left else len(_tokens(left)))
+
+
+class _Probe:
+    """A small array that fits a pattern's left side, so that a bad pattern is found when it is read."""
+
+    @staticmethod
+    def of(left: str, lengths: Mapping[str, int]) -> Any:
+        import numpy
+
+        shape = []
+        for token in _tokens(left):
+            size = 1
+            for axis in token:
+                size *= 1 if axis in ("1", "...") else lengths.get(axis, 2)
+            shape.append(size)
+        return numpy.broadcast_to(numpy.int8(0), shape)
+
+
+def _tokens(side: str) -> list[list[str]]:
+    """One list of axes a dimension: `(c h) w` -> [[c, h], [w]]."""
+    return [group.strip("()").split() for group in re.findall(r"\([^()]*\)|[^\s()]+", side)]
+
+
+def _axis_lengths(side: str, shape: tuple[int, ...], lengths: Mapping[str, int]) -> dict[str, int]:
+    """Every axis' length, read off a shape."""
+    tokens, known = _tokens(side), dict(lengths)
+    if ["..."] in tokens:
+        cut, behind = tokens.index(["..."]), len(tokens) - tokens.index(["..."]) - 1
+        tokens = tokens[:cut] + tokens[cut + 1 :]
+        shape = shape[:cut] + shape[len(shape) - behind :]
+    for axes, size in zip(tokens, shape, strict=True):
+        unknown = [axis for axis in axes if axis != "1" and axis not in known]
+        for axis in axes:
+            size //= known.get(axis, 1)
+        if len(unknown) == 1:
+            known[unknown[0]] = size
+    return known
+
+
+def _cat(text: str, axis: int) -> Op:
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        import torch
+
+        if len({t.dtype for t in tensors}) > 1:
+            raise ValueError(f"dtypes differ: {', '.join(sorted({str(t.dtype) for t in tensors}))}")
+        return [torch.cat(tensors, dim=axis)]
+
+    def invert(shapes: list[tuple[int, ...]]) -> Op:
+        return _split(axis, [shape[axis] for shape in shapes])
+
+    return Op(text, run, invert)
+
+
+def _split(axis: int, sizes: list[int]) -> Op:
+    return Op(
+        f"split {axis} {sizes}",
+        lambda tensors, parts: list(tensors[0].split(sizes, dim=axis)),
+        lambda shapes: _cat(f"cat {axis}", axis),
+    )
+
+
+def _chunk(text: str, axis: int) -> Op:
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        (tensor,) = tensors
+        if tensor.shape[axis] % parts:
+            raise ValueError(f"an axis of {tensor.shape[axis]} has no {parts} equal parts")
+        return list(tensor.chunk(parts, dim=axis))
+
+    return Op(text, run, lambda shapes: _cat(f"cat {axis}", axis))
+
+
+def _flip(text: str, axis: int) -> Op:
+    return Op(text, lambda tensors, parts: [t.flip(axis) for t in tensors], lambda shapes: _flip(text, axis))
+
+
+def _sum(text: str, axis: int) -> Op:
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        import torch
+
+        if len({t.shape for t in tensors}) > 1:
+            raise ValueError("shapes differ")
+        return [torch.stack([t.double() for t in tensors]).sum(0).to(tensors[0].dtype)]
+
+    return Op(text, run, None)
+
+
+_BUILTIN: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "sum": _sum}

@@ -1,0 +1,131 @@
+"""Readers: one module per file format, all with the few names of the `Reader` protocol.
+
+`open_checkpoint` asks each module in turn whether it knows the first bytes; the extension is never asked.
+A reader lists tensors without reading their data, runs nothing that the file holds, and opens nothing but
+the files it names. To add a format, write a module beside these and add its name to `READERS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from converters.errors import UnknownFormat
+from converters.readers.files import SourceFile
+from converters.tensors import LazyTensor, TensorSpec
+
+__all__ = ["READERS", "Checkpoint", "Contents", "Reader", "open_checkpoint"]
+
+READERS = ("safetensors", "tensorflow", "keras", "torch_zip", "torch_legacy")  # first to accept wins
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a reader found: a tree of dicts whose leaves are LazyTensors or plain values."""
+
+    tree: dict[str, Any]
+    files: tuple[SourceFile, ...]
+    integrity: str  # how the format detects damage, e.g. "CRC-32 of every record", "none in format"
+    writer: str | None = None  # who wrote it, e.g. "Keras 3.15.1"
+
+
+class Reader(Protocol):
+    """The face of every module here."""
+
+    FORMAT: str  # what a person calls it, e.g. "PyTorch zip"
+
+    def accepts(self, path: Path, head: bytes) -> bool:
+        """Whether the file at `path`, whose first 4096 bytes are `head`, is of this format."""
+
+    def read(self, path: Path) -> Contents:
+        """The file's tensors, unread. Raises CheckpointError."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source's state dict, and what lay around it."""
+
+    path: Path
+    format: str
+    tensors: dict[str, LazyTensor]
+    wrappers: tuple[str, ...] = ()  # what was taken off, outermost first: "state_dict", "module."
+    set_aside: dict[str, str] = field(default_factory=dict)  # name or folded pattern: reason it is not a weight
+    metadata: dict[str, Any] = field(default_factory=dict)  # plain values that lay beside the tensors
+    files: tuple[SourceFile, ...] = ()
+    integrity: str = "none in format"
+    writer: str | None = None
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: tensor.spec for name, tensor in self.tensors.items()}
+
+    def sha256(self) -> str:
+        """The content's SHA-256 in hex; of several files, that of the lines `<sha256>  <name>` in order of names."""
+        digests = {file.path.name: file.sha256() for file in self.files}
+        if len(digests) == 1:
+            return next(iter(digests.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None, ema: bool | None = None) -> Checkpoint:
+    """Open whatever lies at `path` and find the state dict in it.
+
+    `key` is the path of a nested state dict ("model", "teacher.backbone"); `ema` asks for the averaged
+    (True) or the raw weights (False) where a file holds both; by default the averaged ones are taken.
+    Raises CheckpointError (one line that names the file and the tensor).
+    """
+    from converters.readers.wrappers import unwrap
+
+    path = Path(path)
+    reader = _find_reader(path)
+    contents = reader.read(path)
+    found = unwrap(contents.tree, path, key=key, ema=ema)
+    return Checkpoint(
+        path=path,
+        format=reader.FORMAT,
+        tensors=found.tensors,
+        wrappers=found.wrappers,
+        set_aside=found.set_aside,
+        metadata=found.metadata,
+        files=contents.files,
+        integrity=contents.integrity,
+        writer=contents.writer,
+    )
+
+
+def _find_reader(path: Path) -> Reader:
+    head = b""
+    if path.is_file() or not _is_bundle_prefix(path):
+        head_file = SourceFile(path)
+        head = bytes(head_file.read(0, min(4096, head_file.size)))
+        head_file.close()
+    for name in READERS:
+        reader = cast(Reader, import_module(f"converters.readers.{name}"))
+        if reader.accepts(path, head):
+            return reader
+    raise UnknownFormat(_what_it_is(head), file=path)
+
+
+def _is_bundle_prefix(path: Path) -> bool:
+    """TensorFlow names a checkpoint by the common prefix of its files; a folder may hold one."""
+    return path.is_dir() or path.with_name(path.name + ".index").is_file()
+
+
+def _what_it_is(head: bytes) -> str:
+    text = head.lstrip()[:200].lower()
+    if not head:
+        return "is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-LFS pointer, not the weights; run `git lfs pull`"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, not a checkpoint; the download went wrong"
+    if text.startswith((b"{", b"[")):
+        return "is JSON text, not a checkpoint"
+    if not any(head):
+        return "begins with nothing but zeros; is the download complete?"
+    return "is not a checkpoint of any known format"

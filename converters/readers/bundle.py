@@ -1,0 +1,297 @@
+"""TensorFlow's tensor bundle: `PREFIX.index`, a sorted table of entries, beside `PREFIX.data-00000-of-0000N`.
+
+    ""            -> header: number of data files, byte order, version
+    NAME          -> entry: dtype, shape, and either the place of its bytes and their CRC-32C, or its slices
+    slice's key   -> entry of one slice of a partitioned variable
+
+The messages are BundleHeaderProto and BundleEntryProto (tensorflow/core/protobuf/tensor_bundle.proto); a slice's key
+is its tensor's name and its box in OrderedCode (tensorflow/core/lib/strings/ordered_code.h).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NoReturn
+
+from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
+from converters.readers.files import SourceFile
+from converters.readers.protobuf import Malformed, Message, varint
+from converters.readers.sstable import crc32c, mask_crc, read_table
+from converters.tensors import DTYPES, LazyTensor, TensorSpec
+
+__all__ = ["NUMBERS", "STRING", "Bundle", "Entry", "open_bundle"]
+
+STRING = 7
+NUMBERS = {  # TensorFlow's DataType: the key of DTYPES
+    1: "float32",
+    2: "float64",
+    3: "int32",
+    4: "uint8",
+    5: "int16",
+    6: "int8",
+    8: "complex64",
+    9: "int64",
+    10: "bool",
+    14: "bfloat16",
+    17: "uint16",
+    19: "float16",
+    22: "uint32",
+    23: "uint64",
+    24: "float8_e5m2",
+    25: "float8_e4m3fn",
+}
+MAX_INDEX = 1 << 24  # bytes; a thousand variables take a hundred thousand
+MAX_ENTRIES = 1 << 18
+MAX_RANK = 32
+MAX_SPLIT_AXES = 3  # TensorFlow's own partitioners split one
+
+Box = tuple[tuple[int, int], ...]  # start and length on each axis
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the index says of one tensor, or of one slice of a tensor."""
+
+    dtype: int  # TensorFlow's DataType
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    size: int
+    crc: int  # masked
+    pieces: tuple[tuple[Box, Entry], ...] = ()  # of a partitioned variable, which has no place of its own
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle: its files, and its entries by name. The tensors' bytes are unread."""
+
+    index: SourceFile
+    shards: dict[int, SourceFile]
+    producer: int  # version of the format
+    entries: dict[str, Entry]
+
+    def tensor(self, key: str, name: str) -> LazyTensor:
+        """The numbers under `key` as the tensor `name`; the slices of a partitioned variable are joined."""
+        entry = self.entries[key]
+        read = partial(self._join if entry.pieces else self._read_numbers, entry, name)
+        return LazyTensor(TensorSpec(name, entry.shape, NUMBERS[entry.dtype]), read)
+
+    def strings(self, key: str) -> list[memoryview]:
+        """The elements of the string tensor under `key`, in C order."""
+        entry = self.entries[key]
+        file = self.shards[entry.shard]
+        raw = file.read(entry.offset, entry.size, key)
+        with _blame(file, key):
+            lengths, at = _string_lengths(raw, math.prod(entry.shape))
+        crc = crc32c(b"".join(length.to_bytes(4 if length < 1 << 32 else 8, "little") for length in lengths))
+        if mask_crc(crc) != int.from_bytes(raw[at : at + 4], "little") or mask_crc(crc32c(raw[at:], crc)) != entry.crc:
+            self._refuse_crc(entry, key)
+        at, elements = at + 4, []
+        for length in lengths:
+            elements.append(raw[at : at + length])
+            at += length
+        return elements
+
+    def _read_numbers(self, entry: Entry, name: str) -> memoryview:
+        raw = self.shards[entry.shard].read(entry.offset, entry.size, name)
+        if mask_crc(crc32c(raw)) != entry.crc:
+            self._refuse_crc(entry, name)
+        return raw
+
+    def _join(self, entry: Entry, name: str) -> memoryview:
+        import numpy as np
+
+        element = np.dtype(f"V{DTYPES[NUMBERS[entry.dtype]][1]}")
+        raw = bytearray(math.prod(entry.shape) * element.itemsize)
+        whole = np.frombuffer(raw, element).reshape(entry.shape)
+        for box, piece in entry.pieces:
+            place = tuple(slice(start, start + length) for start, length in box)
+            whole[place] = np.frombuffer(self._read_numbers(piece, name), element).reshape(piece.shape)
+        return memoryview(raw)
+
+    def _refuse_crc(self, entry: Entry, name: str) -> NoReturn:
+        file = self.shards[entry.shard].path
+        raise DamagedCheckpoint("its CRC-32C differs", file=file, tensor=name, cure="fetch it again")
+
+
+def open_bundle(prefix: Path) -> Bundle:
+    """The bundle whose files begin with `prefix`.
+
+    Raises DamagedCheckpoint where entries contradict themselves, each other or the files' sizes, or a data file
+    is missing; UnsafeCheckpoint where the index is absurdly large; CheckpointError where it is no bundle's.
+    """
+    index = SourceFile(f"{prefix}.index")
+    if index.size > MAX_INDEX:
+        raise UnsafeCheckpoint(f"an index of {index.size} bytes is beyond reason", file=index.path)
+    table = read_table(index)
+    key, value = next(table, (None, memoryview(b"")))
+    if key != b"":
+        raise CheckpointError("is a table, but not a TensorFlow bundle's: it has no header", file=index.path)
+    with _blame(index):
+        count, producer = _header(Message(value))
+    entries = _entries(index, table)
+    return Bundle(index, _open_shards(prefix, count, index, entries), producer, entries)
+
+
+def _header(header: Message) -> tuple[int, int]:
+    """The number of data files and the version of the format's writer."""
+    version = Message(header.view(3))
+    if header.integer(2):
+        raise Malformed("was written on a big-endian machine, which is not read here")
+    if version.integer(2) > 1:
+        raise Malformed(f"asks for a reader of version {version.integer(2)}; 1 is known")
+    if not 0 < header.integer(1) < 1 << 31:
+        raise Malformed(f"counts {header.integer(1)} data files")
+    return header.integer(1), version.integer(1)
+
+
+def _entries(index: SourceFile, table: Iterator[tuple[bytes, memoryview]]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    partitioned: dict[str, Message] = {}
+    slices: dict[bytes, Entry] = {}
+    for count, (key, value) in enumerate(table):
+        if count == MAX_ENTRIES:
+            raise UnsafeCheckpoint(f"lists more than {MAX_ENTRIES} tensors", file=index.path)
+        name = key.decode("utf-8", "backslashreplace")
+        with _blame(index, name):
+            message = Message(value)
+            if key.startswith(b"\0"):
+                if 7 in message:
+                    raise Malformed("is a slice that has slices")
+                slices[key] = _entry(message)
+                continue
+            if name.encode() != key:
+                raise Malformed("its name is not UTF-8")
+            entries[name] = _entry(message)
+            if 7 in message:
+                partitioned[name] = message
+    for name, message in partitioned.items():
+        with _blame(index, name):
+            pieces = tuple(_pieces(name, entries[name], message, slices))
+            entries[name] = replace(entries[name], pieces=pieces)
+    for key in slices:
+        with _blame(index, key.decode("utf-8", "backslashreplace")):
+            raise Malformed("is the slice of no tensor")
+    return entries
+
+
+def _entry(message: Message) -> Entry:
+    shape = Message(message.view(2))
+    dims = tuple(dim.integer(1) for dim in shape.messages(2))
+    if shape.integer(3) or len(dims) > MAX_RANK or min(dims, default=0) < 0 or math.prod(d or 1 for d in dims) >> 63:
+        raise Malformed(f"its shape is absurd, of rank {len(dims)}: {dims[:MAX_RANK]}")
+    dtype, size = message.integer(1), message.integer(5)
+    if dtype in NUMBERS and 7 not in message and size != math.prod(dims) * DTYPES[NUMBERS[dtype]][1]:
+        raise Malformed(f"its {size} bytes are not a {NUMBERS[dtype]} tensor of shape {dims}")
+    return Entry(dtype, dims, message.integer(3), message.integer(4), size, message.integer(6))
+
+
+def _pieces(name: str, whole: Entry, message: Message, slices: dict[bytes, Entry]) -> Iterator[tuple[Box, Entry]]:
+    """Take the slices of `whole` out of `slices`; together they must cover it once."""
+    boxes = []
+    for part in message.messages(7):
+        extents = [(extent.integer(1), extent.integer(2) if 2 in extent else -1) for extent in part.messages(1)]
+        if len(extents) != len(whole.shape):
+            raise Malformed(f"a slice has {len(extents)} axes, not {len(whole.shape)}")
+        box = tuple((at, d - at if n < 0 else n) for (at, n), d in zip(extents, whole.shape, strict=True))
+        piece = slices.pop(_slice_key(name, extents), None)
+        if piece is None:
+            raise Malformed(f"its slice {box} is missing")
+        if piece.dtype != whole.dtype or piece.shape != tuple(length for _, length in box):
+            raise Malformed(f"its slice {box} holds another dtype or shape")
+        boxes.append(box)
+        yield box, piece
+    if not _covers_once(whole.shape, boxes):
+        raise Malformed(f"its {len(boxes)} slices overlap or do not cover its shape {whole.shape}")
+
+
+def _slice_key(name: str, extents: Sequence[tuple[int, int]]) -> bytes:
+    r"""Where the table keeps a slice: name, rank, and start and length (-1: the whole axis) on each axis.
+
+    >>> _slice_key("w", [(0, 2), (64, -1)])
+    b'\x00w\x00\x01\x01\x02\x80\x82\xc0@\x7f'
+    """
+    escaped = name.encode().replace(b"\xff", b"\xff\0")  # a name with a zero byte never gets here
+    numbers = b"".join(_ordered(number) for extent in extents for number in extent)
+    return b"\0" + escaped + b"\0\1" + (bytes([1, len(extents)]) if extents else b"\0") + numbers
+
+
+def _ordered(number: int) -> bytes:
+    """OrderedCode's signed number: n bytes in two's complement, the first n bits flipped."""
+    n = (~number if number < 0 else number).bit_length() // 7 + 1
+    return ((number ^ ((1 << n) - 1) << 7 * n) & (1 << 8 * n) - 1).to_bytes(n, "big")
+
+
+def _covers_once(shape: tuple[int, ...], boxes: list[Box]) -> bool:
+    """Whether every element of `shape` lies in exactly one box.
+
+    A sum of boxes is known by its signed corners (its mixed derivative), so no box is compared with another.
+
+    >>> _covers_once((4, 2), [((0, 3), (0, 2)), ((3, 1), (0, 2))])
+    True
+    >>> _covers_once((4, 2), [((0, 3), (0, 2)), ((2, 1), (0, 2))])
+    False
+    """
+    axes = [axis for axis, length in enumerate(shape) if any(box[axis] != (0, length) for box in boxes)]
+    if len(axes) > MAX_SPLIT_AXES:
+        raise Malformed(f"its slices split {len(axes)} axes; {MAX_SPLIT_AXES} is what is read here")
+    corners: Counter[tuple[int, ...]] = Counter()
+    for box, sign in [*((box, 1) for box in boxes), (tuple((0, length) for length in shape), -1)]:
+        for ends in product(*(((box[a][0], 1), (box[a][0] + box[a][1], -1)) for a in axes)):
+            corners[tuple(at for at, _ in ends)] += sign * math.prod(s for _, s in ends)
+    return not any(corners.values())
+
+
+def _open_shards(prefix: Path, count: int, index: SourceFile, entries: dict[str, Entry]) -> dict[int, SourceFile]:
+    """The data files that hold anything, every entry checked to lie within one, and no two on the same bytes."""
+    shards: dict[int, SourceFile] = {}
+    places = [(piece, name) for name, entry in entries.items() for _, piece in entry.pieces or (((), entry),)]
+    end = 0
+    for place, name in sorted(places, key=lambda row: (row[0].shard, row[0].offset, row[0].size)):
+        if place.shard not in range(count):
+            raise DamagedCheckpoint(f"lies in data file {place.shard} of {count}", file=index.path, tensor=name)
+        if place.shard not in shards:
+            shards[place.shard] = _open_shard(Path(f"{prefix}.data-{place.shard:05}-of-{count:05}"), name)
+            end = 0
+        file, stop = shards[place.shard], place.offset + place.size
+        if not 0 <= place.offset <= stop <= file.size:
+            problem = f"bytes {place.offset} to {stop} lie outside its {file.size}"
+            raise DamagedCheckpoint(problem, file=file.path, tensor=name, cure="is the download complete?")
+        if place.size and place.offset < end:
+            raise DamagedCheckpoint("shares bytes with another tensor", file=file.path, tensor=name)
+        end = max(end, stop)
+    return shards
+
+
+def _open_shard(path: Path, name: str) -> SourceFile:
+    try:
+        return SourceFile(path)
+    except CheckpointError as error:
+        raise DamagedCheckpoint(error.problem, file=path, tensor=name, cure="it belongs beside the index") from error
+
+
+def _string_lengths(raw: memoryview, count: int) -> tuple[list[int], int]:
+    """The lengths that stand before the strings, and where they end: there is their CRC, then the strings."""
+    lengths: list[int] = []
+    at = 0
+    while len(lengths) < count:
+        length, at = varint(raw, at)
+        lengths.append(length)
+    if at + 4 + sum(lengths) != len(raw):
+        raise Malformed(f"strings of {sum(lengths)} bytes in {len(raw)}")
+    return lengths, at
+
+
+@contextmanager
+def _blame(file: SourceFile, name: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    except Malformed as error:
+        raise DamagedCheckpoint(str(error), file=file.path, tensor=name) from error

@@ -1,0 +1,87 @@
+"""Source files: opened once, read by position, never mapped (a mapped file that shrinks kills the process)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from converters.errors import CheckpointError, DamagedCheckpoint
+
+__all__ = ["SourceFile"]
+
+CHUNK = 8 << 20
+
+
+class SourceFile:
+    """A regular file, open for reading at any offset.
+
+    Raises CheckpointError when the path is missing, unreadable, or not a regular file (a pipe or a device
+    would block or never end).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise CheckpointError(_why(error), file=self.path) from error
+        self._stat = os.fstat(self._fd)
+        if not stat.S_ISREG(self._stat.st_mode):
+            self.close()
+            raise CheckpointError("is not a regular file", file=self.path)
+        self.size = self._stat.st_size
+
+    def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
+        """Exactly `nbytes` bytes from `offset` in fresh, writable memory; DamagedCheckpoint if the file is shorter."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise DamagedCheckpoint(
+                f"bytes {offset} to {offset + nbytes} lie outside its {self.size}",
+                file=self.path,
+                tensor=tensor,
+                cure="is the download complete?",
+            )
+        buffer = memoryview(bytearray(nbytes))
+        done = 0
+        while done < nbytes:
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(_why(error), file=self.path, tensor=tensor) from error
+            if count == 0:
+                raise CheckpointError("became shorter while it was read", file=self.path, tensor=tensor)
+            done += count
+        return buffer
+
+    def sha256(self, progress: Callable[[int], None] | None = None) -> str:
+        """The content's SHA-256 in hex; `progress` is called with the bytes of each piece."""
+        digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(CHUNK)), 0
+        while count := os.preadv(self._fd, [buffer], offset):
+            digest.update(buffer[:count])
+            offset += count
+            if progress:
+                progress(count)
+        return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if the file was written to since it was opened."""
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+            raise CheckpointError("was written to while it was read", file=self.path, cure="convert a copy")
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+
+def _why(error: OSError) -> str:
+    words = {errno.ENOENT: "does not exist", errno.EACCES: "may not be read", errno.EISDIR: "is a folder"}
+    return words.get(error.errno or 0, os.strerror(error.errno or 0).lower())

@@ -1,0 +1,1 @@
+"""Reports: what was found and done, for a terminal (`terminal`) and for programs (`documents`)."""

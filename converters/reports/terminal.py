@@ -1,0 +1,222 @@
+"""Reports for a terminal: the verdict first, indices folded, names from files escaped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from converters.conversion import Conversion, Inspection
+from converters.errors import printable
+from converters.mapping import Mapping
+from converters.names import fold
+from converters.plan import Plan
+
+if TYPE_CHECKING:
+    from converters.demo import Demo
+    from converters.verifier import Verdict
+
+__all__ = [
+    "console",
+    "progress_bar",
+    "show_conversion",
+    "show_demo",
+    "show_families",
+    "show_family",
+    "show_inspection",
+    "show_verdict",
+    "status",
+]
+
+console = Console(highlight=False, soft_wrap=True)
+_MOST_ROWS = 60
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over bytes on standard error, on a terminal only; elsewhere None."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def status() -> Iterator[Callable[[str], None] | None]:
+    """A line on standard error that says what is going on, on a terminal only; elsewhere None."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield None
+        return
+    with errors.status("starting") as shown:
+        yield shown.update
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """What the file is, what it would become, and its tensors, folded."""
+    checkpoint, plan = inspection.checkpoint, inspection.plan
+    specs = checkpoint.specs
+    dtypes = Counter(spec.dtype for spec in specs.values())
+    _say("file", checkpoint.path)
+    _say("format", checkpoint.format + (f", written by {checkpoint.writer}" if checkpoint.writer else ""))
+    _say("integrity", checkpoint.integrity)
+    _say("wrappers", " > ".join(checkpoint.wrappers))
+    kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+    _say("tensors", f"{len(specs)} ({kinds}), {_bytes(sum(spec.nbytes for spec in specs.values()))}")
+    if plan:
+        _say("family", plan.mapping.name)
+        _say("target", _target(plan))
+        _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
+        _caveats(plan)
+    _say("set aside", _reasons(checkpoint.set_aside))
+    _say("metadata", ", ".join(_brief(key, value) for key, value in checkpoint.metadata.items()))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("tensor", "count", "shape", "dtype"):
+        table.add_column(column, overflow="fold")
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for spec in specs.values():
+        alike.setdefault((spec.shape, spec.dtype), []).append(spec.name)
+    rows = [(text, count, *key) for key, names in alike.items() for text, count in fold(names)]
+    for text, count, shape, dtype in rows[:_MOST_ROWS]:
+        table.add_row(escape(printable(text)), str(count), "x".join(map(str, shape)) or "scalar", dtype)
+    console.print(table)
+    if len(rows) > _MOST_ROWS:
+        console.print(f"... and {len(rows) - _MOST_ROWS} rows more; --json lists every tensor")
+    if not plan:
+        console.print(f"\n[yellow]no plan closes:[/] {escape(inspection.reason)}")
+
+
+def show_conversion(conversion: Conversion) -> None:
+    """Where the weights went, or with a dry run the plan."""
+    checkpoint, plan = conversion.checkpoint, conversion.plan
+    tensors = [step for step in plan.steps if step.origin.fill is None]
+    if conversion.directory:
+        console.print(
+            f"[green]converted[/] {escape(printable(str(checkpoint.path)))} to {escape(str(conversion.directory))}"
+        )
+    _say("format", " > ".join((checkpoint.format, *checkpoint.wrappers)))
+    _say("family", plan.mapping.name)
+    _say("target", _target(plan))
+    used = sum(len(steps[0].origin.sources) for steps in plan.origins.values())
+    _say("tensors", f"{len(plan.steps)} closed: {used} sources used, {len(plan.drops)} dropped")
+    moved = Counter(step.origin.ops.text for step in tensors if step.origin.ops.ops)
+    _say("ops", "; ".join(f"{text} ({count}x)" for text, count in moved.most_common()))
+    _say("filled", ", ".join(f"{text} = {value}" for text, value in _fills(plan)))
+    _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
+    _say("set aside", _reasons(checkpoint.set_aside))
+    _caveats(plan)
+    if conversion.directory:
+        _say("load with", f"timm.create_model('local-dir:{conversion.directory}', pretrained=True)")
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("line", "from", "to", "count"):
+        table.add_column(column, overflow="fold")
+    rows: dict[tuple[int, str], list[tuple[str, str]]] = {}
+    for step in tensors:
+        line = step.origin.rule.line if step.origin.rule else 0
+        rows.setdefault((line, step.origin.ops.text), []).append((step.origin.sources[0], step.target.name))
+    for (line, _), pairs in sorted(rows.items()):
+        sources = " ".join(text for text, _ in fold(source for source, _ in pairs)[:4])
+        targets = " ".join(text for text, _ in fold(target for _, target in pairs)[:4])
+        table.add_row(str(line), escape(printable(sources)), escape(targets), str(len(pairs)))
+    console.print(table)
+
+
+def show_verdict(verdict: Verdict) -> None:
+    """The verdict first, then every output that was compared."""
+    colour = "green" if verdict.passed else "red"
+    console.print(f"[{colour}]{'passed' if verdict.passed else 'FAILED'}[/] {escape(str(verdict))}")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("output", "probe", "gate", "error", "allowed", ""):
+        table.add_column(column, overflow="fold")
+    for one in verdict.comparisons:
+        error = f"{max(one.sample_errors):.1e}" if one.sample_errors else "-"
+        bound = f"{min(one.bounds):.1e}" if one.bounds else "-"
+        mark = "[green]passed[/]" if one.passed else f"[red]{escape(str(one.reason))}[/]"
+        table.add_row(escape(printable(one.output)), escape(printable(one.probe)), one.precision, error, bound, mark)
+    console.print(table)
+    for warning in verdict.warnings:
+        console.print(f"[yellow]warning[/]    {escape(printable(warning, 1000))}")
+
+
+def show_demo(demo: Demo) -> None:
+    """The whole way: what the file is, what became of it, parity, and the same accuracy on both sides."""
+    console.rule("timmport inspect", align="left")
+    show_inspection(demo.inspection)
+    console.rule("timmport convert", align="left")
+    show_conversion(demo.conversion)
+    console.rule("timmport verify", align="left")
+    show_verdict(demo.verdict)
+    _say("accuracy", f"{demo.accuracy_before:.2%} in Keras, {demo.accuracy_after:.2%} in timm, on held-out digits")
+
+
+def show_families(mappings: Iterable[Mapping]) -> None:
+    """Every family in a line."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("family", "targets", "reference", "what it is"):
+        table.add_column(column, overflow="fold")
+    for mapping in mappings:
+        references = ", ".join(dict.fromkeys(reference.runner for reference in mapping.references)) or "-"
+        table.add_row(mapping.name, str(len(mapping.targets) or "any"), references, escape(mapping.title))
+    console.print(table)
+
+
+def show_family(mapping: Mapping) -> None:
+    """One family: targets, references, refusals."""
+    console.print(escape(mapping.title))
+    _say("file", mapping.path)
+    _say("targets", ", ".join(mapping.targets) or "any timm model")
+    _say("references", ", ".join(reference.runner for reference in mapping.references))
+    for refusal in mapping.refuse:
+        _say("refuses", refusal.reason)
+
+
+def _say(label: str, text: Any) -> None:
+    if str(text):
+        console.print(f"[dim]{label:<10}[/] {escape(printable(str(text), 1000))}")
+
+
+def _target(plan: Plan) -> str:
+    args = ", ".join(f"{key}={value}" for key, value in plan.skeleton.args.items())
+    return plan.skeleton.architecture + (f" ({args})" if args else "")
+
+
+def _caveats(plan: Plan) -> None:
+    for caveat in plan.caveats:
+        console.print(f"[yellow]caveat[/]     {escape(caveat)}")
+
+
+def _fills(plan: Plan) -> list[tuple[str, Any]]:
+    by_value: dict[Any, list[str]] = {}
+    for step in plan.steps:
+        if step.origin.fill is not None:
+            by_value.setdefault(step.origin.fill, []).append("**." + step.target.name.rpartition(".")[2])
+    return [(name, value) for value, names in by_value.items() for name in dict.fromkeys(names)]
+
+
+def _reasons(by_name: dict[str, str]) -> str:
+    counts = Counter(by_name.values())
+    return "; ".join(f"{count} ({reason})" for reason, count in counts.most_common())
+
+
+def _brief(key: str, value: Any) -> str:
+    text = f"{{{len(value)}}}" if isinstance(value, dict) else repr(value)
+    return f"{key}: {printable(text, 60)}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.{0 if unit == 'B' else 1}f} {unit}"
+        count /= 1000
+    return ""

@@ -1,0 +1,115 @@
+"""Targets: timm's own architectures, built on torch's meta device, where they have shapes and no data."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from converters.errors import TargetError
+from converters.names import Pattern, prefixes, split
+from converters.tensors import TensorSpec
+
+__all__ = ["Skeleton", "Traits", "all_architectures", "build_skeleton", "traits_of"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What timm says of an architecture before it is built."""
+
+    classifiers: tuple[str, ...]  # modules whose first axis counts the classes
+    first_convs: tuple[str, ...]  # modules whose second axis counts the input channels
+    num_classes: int
+    in_chans: int
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A timm architecture with its arguments, and every tensor of its state dict."""
+
+    architecture: str
+    args: dict[str, Any]
+    specs: dict[str, TensorSpec]
+    model: Any = field(repr=False, compare=False)  # a torch.nn.Module on the meta device
+
+    @cached_property
+    def modules(self) -> frozenset[tuple[str, ...]]:
+        """Every tensor and every module around one, as segments."""
+        return prefixes(map(split, self.specs))
+
+    def number(self, pattern: Pattern) -> list[dict[str, int | str]]:
+        """The captures of every module that the pattern finds, in order of their numbers."""
+        found = {tuple(m.captures.items()) for name in self.specs if (m := pattern.match(split(name)))}
+        return [dict(captures) for captures in sorted(found, key=lambda c: [value for _, value in c])]
+
+
+def all_architectures() -> list[str]:
+    """The names that `timm.create_model` takes."""
+    import timm
+
+    return timm.list_models()
+
+
+def traits_of(architecture: str) -> Traits:
+    """Raises TargetError when timm has no such architecture."""
+    import timm
+
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise TargetError(
+            f"timm {timm.__version__} has no model `{architecture}`",
+            cure=f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()",
+        )
+    cfg = timm.get_pretrained_cfg(architecture)
+    if cfg is None:
+        return Traits((), (), 1000, 3)
+    return Traits(_names(cfg.classifier), _names(cfg.first_conv), cfg.num_classes, cfg.input_size[0])
+
+
+def build_skeleton(architecture: str, args: dict[str, Any]) -> Skeleton:
+    """The architecture with these arguments. Raises TargetError when timm does not take them."""
+    return _build(architecture, json.dumps(args, sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def _build(architecture: str, args: str) -> Skeleton:
+    import timm
+    import torch
+
+    traits_of(architecture)
+    arguments = json.loads(args)
+    try:
+        with torch.device("meta"), _without_initialisation():
+            model = timm.create_model(architecture, pretrained=False, **arguments)
+    except Exception as error:  # whatever a constructor raises over its arguments
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise TargetError(f"timm's {architecture} does not take {given or 'its defaults'}: {reason}") from error
+    specs = {
+        name: TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in model.state_dict().items()
+    }
+    return Skeleton(architecture, arguments, specs, model.eval())
+
+
+_FILLS = frozenset({"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"})
+
+
+def _without_initialisation() -> Any:
+    """A mode in which the fills that initialise weights do nothing: two thirds of a build's time."""
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutInitialisation(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") in _FILLS and args and args[0].is_meta:
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    return WithoutInitialisation()
+
+
+def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    return () if not value else (value,) if isinstance(value, str) else tuple(value)

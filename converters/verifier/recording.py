@@ -1,0 +1,131 @@
+"""Recordings: what a reference answered to the probes, in one npz file without pickles.
+
+    about                      JSON text: {"recording": 1, "runner", "model", "source": {"file", "sha256"},
+                               "framework": {name: version}, "notes": [line]}
+    input.PROBE                float32 NCHW
+    float64.PROBE.OUTPUT       what the reference computed, in either precision or in both
+    float32.PROBE.OUTPUT
+    labels.PROBE               optional: the true class of each sample
+
+The reference worker writes this form and so may anyone, where a framework runs only on some other machine. A
+probe's name has no dot; an output's may.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.errors import ReferenceFailed, printable
+
+__all__ = ["PRECISIONS", "Activations", "Recording", "read_recording"]
+
+PRECISIONS = ("float64", "float32")
+LIMIT = 4 << 30  # bytes of all arrays together
+
+Activations = dict[str, dict[str, dict[str, np.ndarray]]]  # precision -> probe -> output -> array
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Probes and a reference's answers to them."""
+
+    about: dict[str, Any]
+    inputs: dict[str, np.ndarray]
+    outputs: Activations
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def read_recording(path: str | os.PathLike[str]) -> Recording:
+    """The recording at `path`, every array checked. Raises ReferenceFailed."""
+    path = Path(path)
+    if not path.is_file():
+        raise ReferenceFailed("is not a file", file=path)
+    try:
+        arrays = _arrays(path)
+    except ReferenceFailed:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy's header parser raise many kinds
+        reason = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise ReferenceFailed(f"is not a recording: {reason}", file=path) from error
+    about = _about(arrays.pop("about", None), path)
+    recording = Recording(about, {}, {}, {})
+    for name, array in arrays.items():
+        kind, _, rest = name.partition(".")
+        probe, _, output = rest.partition(".")
+        if kind in PRECISIONS and output and array.dtype == kind:
+            recording.outputs.setdefault(kind, {}).setdefault(probe, {})[output] = array
+        elif kind == "input" and probe and not output and array.dtype == np.float32 and array.ndim == 4:
+            recording.inputs[probe] = array
+        elif kind == "labels" and probe and not output and array.dtype.kind in "iu" and array.ndim == 1:
+            recording.labels[probe] = array
+        else:
+            found = f"{array.dtype}, {array.ndim} axes"
+            raise ReferenceFailed(f"has no place in a recording ({found})", file=path, tensor=name)
+    _check(recording, path)
+    return recording
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file, none read before its size is known to fit."""
+    found: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > LIMIT:
+            raise ReferenceFailed(f"holds more than {LIMIT >> 30} GiB", file=path)
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            if name in found:
+                raise ReferenceFailed("is there twice", file=path, tensor=name)
+            with archive.open(member) as file:
+                found[name] = _array(file.read(member.file_size), name, path)
+    return found
+
+
+def _array(raw: bytes, name: str, path: Path) -> np.ndarray:
+    """An npy file's array. numpy would allocate what a header claims; here the bytes must be there."""
+    file = io.BytesIO(raw)
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read_header:
+        raise ReferenceFailed(f"is an npy file of version {version[0]}.{version[1]}", file=path, tensor=name)
+    shape, fortran, dtype = read_header[version](file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(raw) - file.tell():
+        raise ReferenceFailed(f"its header claims {printable(str(dtype))} {shape}", file=path, tensor=name)
+    return np.frombuffer(raw, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+
+
+def _about(array: np.ndarray | None, path: Path) -> dict[str, Any]:
+    if array is None or array.dtype.kind != "U" or array.ndim:
+        raise ReferenceFailed("is not a recording: it has no `about`", file=path)
+    try:
+        about = json.loads(str(array))
+    except (ValueError, RecursionError) as error:
+        raise ReferenceFailed("its `about` is not JSON", file=path) from error
+    if not isinstance(about, dict) or about.get("recording") != 1:
+        raise ReferenceFailed("is not a recording of version 1", file=path)
+    source = about.get("source")
+    if not isinstance(source, dict) or not isinstance(source.get("sha256"), str):
+        raise ReferenceFailed("does not say which checkpoint it is of: its `about` has no source.sha256", file=path)
+    return about
+
+
+def _check(recording: Recording, path: Path) -> None:
+    """Every probe was answered, in the same precisions and outputs as every other."""
+    if not recording.inputs:
+        raise ReferenceFailed("holds no probe", file=path)
+    for probe, labels in recording.labels.items():
+        if probe not in recording.inputs or len(labels) != len(recording.inputs[probe]):
+            raise ReferenceFailed("does not label one probe's samples", file=path, tensor=f"labels.{probe}")
+    answered = {probe for probes in recording.outputs.values() for probe in probes}
+    for probe in sorted(answered ^ recording.inputs.keys()):
+        problem = "a probe without an output" if probe in recording.inputs else "outputs without their probe"
+        raise ReferenceFailed(problem, file=path, tensor=probe)

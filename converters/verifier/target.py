@@ -1,0 +1,78 @@
+"""The target's side of a verification: the emitted folder, loaded as a user would load it, and run.
+
+Its outputs, by name:
+
+    logits             model(x); a model without classes has none
+    forward_features   model.forward_features(x)
+    pre_logits         what the classifier is applied to
+    features.K         the K-th of model.forward_intermediates(x), NCHW, before any final norm
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from converters.errors import TargetError, printable
+from converters.verifier.recording import PRECISIONS, Activations
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["run_target"]
+
+
+def run_target(directory: Path, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> Activations:
+    """Those of `outputs` that the model has, for every probe, in float64 and in float32.
+
+    Raises TargetError when timm cannot load the folder or the model cannot take a probe.
+    """
+    import timm
+    import torch
+
+    found: Activations = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for precision in PRECISIONS:
+            with _blame(directory, f"timm cannot load it in {precision}"):
+                model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+                model = model.to(getattr(torch, precision))
+            found[precision] = {}
+            for probe, array in inputs.items():
+                with _blame(directory, f"its model cannot run {probe} {array.shape} in {precision}"), torch.no_grad():
+                    values = _outputs(model, torch.from_numpy(array.astype(precision)), outputs)
+                found[precision][probe] = {name: value.numpy() for name, value in values.items()}
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _outputs(model: Any, x: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    if "logits" in names and model.num_classes:
+        found["logits"] = model(x)
+    if "forward_features" in names:
+        found["forward_features"] = model.forward_features(x)
+    if "pre_logits" in names:
+        found["pre_logits"] = model.forward_head(model.forward_features(x), pre_logits=True)
+    matches = [re.fullmatch(r"features\.([0-9]{1,3})", name) for name in names]
+    if levels := sorted({int(match[1]) for match in matches if match}):
+        maps = model.forward_intermediates(x, indices=levels, norm=False, output_fmt="NCHW", intermediates_only=True)
+        found |= {f"features.{level}": value for level, value in zip(levels, maps, strict=True)}
+    return found
+
+
+@contextmanager
+def _blame(directory: Path, problem: str) -> Iterator[None]:
+    """Any fault of timm's or torch's, as one line about the folder."""
+    try:
+        yield
+    except Exception as error:
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()), 400)
+        raise TargetError(f"{problem}: {reason}", file=directory) from error

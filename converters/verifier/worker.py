@@ -1,0 +1,96 @@
+"""The host's side of the reference worker: start it, wait, and take its recording or its one line of error.
+
+The worker is the folder `references`, run by any interpreter; everything passes through files in a job folder.
+A worker that crashes, aborts or hangs takes nothing down with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.errors import ReferenceFailed, printable
+from converters.verifier.recording import Recording, read_recording
+
+__all__ = ["REFERENCES", "run_reference"]
+
+REFERENCES = Path(__file__).with_name("references")
+
+
+def run_reference(
+    job: Mapping[str, Any],
+    source: str | os.PathLike[str],
+    inputs: Mapping[str, np.ndarray],
+    *,
+    python: str | None = None,
+    timeout: float = 900.0,
+    memory: int | None = None,
+) -> Recording:
+    """Run the source framework's model on `inputs`, with the weights of `source`.
+
+    `job` holds `runner`, `model` (or `config`, a file), `outputs` (a list of the reference's names), and perhaps
+    `trust`. `python` is the interpreter that has the framework, this one by default; `timeout` is in seconds,
+    `memory` in bytes of address space. Raises ReferenceFailed.
+    """
+    executable = _executable(python or sys.executable)
+    limits = {"seconds": timeout, "bytes": memory}
+    with tempfile.TemporaryDirectory(prefix="timmport-") as name:
+        folder = Path(name)
+        request = {**job, "source": {"file": os.path.abspath(source)}, "limits": limits}
+        (folder / "job.json").write_text(json.dumps(request), encoding="utf-8")
+        with (folder / "inputs.npz").open("wb") as file:
+            np.savez(file, **inputs)  # type: ignore[arg-type]
+        code = _run([executable, str(REFERENCES), str(folder)], folder, timeout)
+        who = f"the {job['runner']} reference"
+        if not (folder / "result.json").is_file():
+            raise ReferenceFailed(f"{who} {_how_it_ended(code, timeout, folder / 'log')}", file=source)
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if "error" in result:
+            cure = "name an interpreter that has it with --python" if result["kind"] == "ModuleNotFoundError" else None
+            raise ReferenceFailed(f"{who}: {printable(result['error'], 500)}", file=source, cure=cure)
+        return read_recording(folder / "recording.npz")
+
+
+def _executable(python: str) -> str:
+    found = shutil.which(python)
+    if found is None:
+        raise ReferenceFailed(f"{printable(python)} is no interpreter", cure="give --python the path of one")
+    return os.path.abspath(found)
+
+
+def _run(command: list[str], folder: Path, timeout: float) -> int | None:
+    """The exit code, or None when the time ran out. Nothing of it lives on, whatever happens here."""
+    with (folder / "log").open("wb") as log:
+        try:
+            process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        except OSError as error:
+            raise ReferenceFailed(f"{command[0]} does not start: {(error.strerror or str(error)).lower()}") from error
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _how_it_ended(code: int | None, timeout: float, log: Path) -> str:
+    if code is None or code == -signal.SIGALRM:
+        return f"took longer than {timeout:g} s"
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code} and no result"
+    lines = log.read_bytes()[-4096:].decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    return f"{how}: {printable(last, 400)}"

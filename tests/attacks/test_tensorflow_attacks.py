@@ -1,0 +1,241 @@
+"""Damaged and hostile TensorFlow checkpoints: each is refused in one line, in seconds and in little memory."""
+
+from __future__ import annotations
+
+import math
+import runpy
+import struct
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
+from converters.readers import tensorflow
+from converters.tensors import LazyTensor
+
+write = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "readers" / "bundle_writer.py")))
+entry, message = write.entry, write.message
+
+SIX = struct.pack("<6f", *range(6))
+STRING = 7
+GRAPH = b"_CHECKPOINTABLE_OBJECT_GRAPH"
+
+Rows = dict[bytes, bytes]
+
+
+def whole(**entries: bytes) -> Rows:
+    """A bundle of these entries."""
+    return {b"": write.header(), **{name.encode(): row for name, row in entries.items()}}
+
+
+def slices(shape: tuple[int, ...], *boxes: tuple[tuple[int, int], ...]) -> Rows:
+    """A bundle of one tensor, `w`, whose slices lie one after another in the data file."""
+    rows, at = whole(w=entry(b"", shape, *(write.box(*box) for box in boxes))), 0
+    for box in boxes:
+        lengths = [length for _, length in box]
+        size = 4 * math.prod(lengths)
+        rows[write.slice_key("w", *box)] = entry(SIX[at : at + size], lengths, offset=at, size=size)
+        at += size
+    return rows
+
+
+def string(text: bytes, offset: int = 0, shape: tuple[int, ...] = ()) -> tuple[bytes, bytes]:
+    """A scalar string tensor's entry and its bytes."""
+    length = struct.pack("<I", len(text))
+    stored = struct.pack("<I", write.masked(length))
+    data = write.varint(len(text)) + stored + text
+    return entry(data, shape, dtype=STRING, offset=offset, crc=write.masked(length + stored + text)), data
+
+
+def graph(*nodes: bytes, **entries: bytes) -> tuple[Rows, bytes]:
+    """A bundle with an object graph, and its data file."""
+    row, data = string(message(*((1, node) for node in nodes)), offset=len(SIX))
+    return whole(**entries) | {GRAPH: row}, SIX + data
+
+
+def variable(full_name: bytes, key: bytes) -> bytes:
+    return message((2, message((1, b"VARIABLE_VALUE"), (2, full_name), (3, key))))
+
+
+def everything(prefix: Path) -> dict[str, Any]:
+    tree = tensorflow.read(prefix).tree
+    return {n: (leaf.spec, bytes(leaf.read())) if isinstance(leaf, LazyTensor) else leaf for n, leaf in tree.items()}
+
+
+def refusal(prefix: Path) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        everything(prefix)
+    assert str(caught.value).startswith(str(prefix))
+    assert str(caught.value).isprintable()
+    return caught.value
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """A bundle with a bit of everything: an object graph, two data files, a tensor in slices."""
+    rows, data = graph(variable(b"fc/kernel", b"w"), w=entry(SIX, (2, 3)))
+    rows |= {
+        b"": write.header(2),
+        b"part": entry(b"", (3, 2), write.box((0, 1), (0, 2)), write.box((1, 2), (0, 2))),
+        write.slice_key("part", (0, 1), (0, 2)): entry(SIX[:8], (1, 2), shard=1),
+        write.slice_key("part", (1, 2), (0, 2)): entry(SIX[8:], (2, 2), shard=1, offset=8),
+    }
+    return write.bundle(tmp_path / "m", rows, data, SIX)
+
+
+def test_the_undamaged_bundle_is_read(good: Path) -> None:
+    assert {name: raw for name, (_, raw) in everything(good).items()} == {"fc/kernel": SIX, "part": SIX}
+
+
+@pytest.mark.parametrize("suffix", ["index", "data-00000-of-00002", "data-00001-of-00002"])
+def test_a_flip_or_a_cut_anywhere_changes_no_tensor(suffix: str, good: Path) -> None:
+    file, before = Path(f"{good}.{suffix}"), everything(good)
+    intact, found = file.read_bytes(), 0
+    for at, byte in enumerate(intact):
+        for damaged in (intact[:at], intact[:at] + bytes([byte ^ 1 << at % 8]) + intact[at + 1 :]):
+            file.write_bytes(damaged)
+            try:
+                assert everything(good) == before
+            except CheckpointError as error:
+                assert str(error).startswith(str(good)) and str(error).isprintable()
+                found += 1
+    assert found > 1.8 * len(intact)  # the rest are flips in the metaindex block and the footer's padding
+
+
+def test_a_missing_data_file_is_named_with_its_tensor(good: Path) -> None:
+    Path(f"{good}.data-00001-of-00002").unlink()
+    assert str(refusal(good)) == f"{good}.data-00001-of-00002: part: does not exist; it belongs beside the index"
+
+
+HALVES = ((0, 3),), ((3, 3),)
+SIXTEENTHS = list(product([(0, 1), (1, 1)], repeat=4))
+CONTRADICTIONS: dict[str, tuple[Rows, str]] = {
+    "past the end": (whole(w=entry(SIX, (6,), offset=8)), "w: bytes 8 to 32 lie outside its 24"),
+    "before the start": (whole(w=entry(SIX, (6,), offset=-8)), "w: bytes -8 to 16 lie outside"),
+    "far away": (whole(w=entry(SIX, (6,), offset=2**63 - 1)), "lie outside its 24"),
+    "too small": (whole(w=entry(SIX, (7,))), "w: its 24 bytes are not a float32 tensor of shape (7,)"),
+    "too large": (whole(w=entry(SIX, (6,), dtype=19)), "24 bytes are not a float16 tensor"),
+    "negative size": (whole(w=entry(SIX, (6,), size=-24)), "-24 bytes are not"),
+    "overflow": (whole(w=entry(SIX, (1 << 32, 1 << 32))), "w: its shape is absurd"),
+    "overflow beside zero": (whole(w=entry(b"", (1 << 62, 0, 4))), "w: its shape is absurd"),
+    "negative dimensions": (whole(w=entry(SIX, (-6, -1))), "w: its shape is absurd"),
+    "rank": (whole(w=entry(SIX, [1] * 300)), "its shape is absurd, of rank 300"),
+    "unknown rank": (whole(w=entry(SIX) + message((2, message((3, 1))))), "its shape is absurd"),
+    "no such data file": (whole(w=entry(SIX, (6,), shard=5)), "w: lies in data file 5 of 1"),
+    "negative data file": (whole(w=entry(SIX, (6,), shard=-1)), "w: lies in data file -1 of 1"),
+    "same bytes": (whole(v=entry(SIX[:8], (2,)), w=entry(SIX, (6,))), "w: shares bytes with another"),
+    "no message": (whole(w=b"\x0b"), "w: field 1 has the wire type 3"),
+    "text for a number": (whole(w=message((1, b"x"))), "w: field 1 is not a number"),
+    "2^31 data files": ({b"": write.header(1 << 31)}, "counts 2147483648 data files"),
+    "2^31 - 1 data files": (whole(w=entry(SIX, (6,))) | {b"": write.header((1 << 31) - 1)}, "w: does not exist"),
+    "no data file": ({b"": write.header(0)}, "counts 0 data files"),
+    "big-endian": ({b"": write.header(1, (2, 1))}, "big-endian"),
+    "newer": ({b"": message((1, 1), (3, message((1, 9), (2, 9))))}, "asks for a reader of version 9"),
+    "no header": ({b"w": entry(SIX, (6,))}, "no header"),
+    "no UTF-8": (whole() | {b"\xff": entry(SIX, (6,))}, ": \\xff: its name is not UTF-8"),
+    "terminal codes": (whole(**{"\x1b[2Jw": entry(SIX, (7,))}), ": \\x1b[2Jw: its 24 bytes"),
+    "slices overlap": (slices((6,), ((0, 4),), ((3, 2),)), "w: its 2 slices overlap or do not cover its shape (6,)"),
+    "slices leave a hole": (slices((6,), ((0, 3),), ((4, 2),)), "overlap or do not cover"),
+    "slices do both": (slices((6,), ((0, 3),), ((2, 3),)), "overlap or do not cover"),
+    "slices lie beyond": (slices((4,), *HALVES), "overlap or do not cover"),
+    "slices split four axes": (slices((2, 2, 2, 2), *SIXTEENTHS), "split 4 axes"),
+    "a slice twice": (slices((3,), ((0, 3),), ((0, 3),)), "its slice ((0, 3),) is missing"),
+    "a slice of another rank": (slices((6, 1), *HALVES), "a slice has 1 axes, not 2"),
+    "a slice of another type": (
+        slices((6,), *HALVES) | {write.slice_key("w", (3, 3)): entry(SIX[12:], (3,), dtype=3, offset=12)},
+        "its slice ((3, 3),) holds another dtype or shape",
+    ),
+    "a slice in slices": (
+        slices((6,), *HALVES) | {write.slice_key("w", (3, 3)): entry(b"", (3,), write.box((0, 3)))},
+        "is a slice that has slices",
+    ),
+    "a slice of nothing": (slices((6,), *HALVES) | whole(w=entry(SIX, (6,))), "is the slice of no tensor"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_contradiction_is_refused(name: str, tmp_path: Path) -> None:
+    rows, words = CONTRADICTIONS[name]
+    assert words in str(refusal(write.bundle(tmp_path / "m", rows, SIX)))
+
+
+OPTIMIZER = message((1, message((1, 99), (2, b"_variables"))), (1, message((1, 99), (2, b"_iterations"))))
+GRAPHS: dict[str, tuple[tuple[Rows, bytes], str]] = {
+    "no message": (graph(b"\xff"), "no number ends"),
+    "an absent node": (graph(OPTIMIZER), "the object graph has no node 99"),
+    "a name in another alphabet": (graph(variable(b"\xff", b"w")), "field 2 is not UTF-8"),
+    "two tensors of one name": (
+        graph(
+            variable(b"b/.OPTIMIZER_SLOT/m", b"a"),
+            a=entry(SIX[:4]),
+            **{"b/.OPTIMIZER_SLOT/m": entry(SIX[4:8], offset=4)},
+        ),
+        "is the name of two tensors",
+    ),
+    "numbers": ((whole(**{GRAPH.decode(): entry(SIX[:4])}), SIX), "is not one string"),
+    "several": ((whole(**{GRAPH.decode(): string(b"", shape=(1,))[0]}), SIX), "is not one string"),
+    "strings of other lengths": (
+        (whole(**{GRAPH.decode(): entry(b"\x7f" + SIX, (), dtype=STRING)}), b"\x7f" + SIX),
+        "strings of 127 bytes in 25",
+    ),
+    "strings of another CRC": (
+        (whole(**{GRAPH.decode(): entry(b"\0" + SIX[:4], (), dtype=STRING)}), b"\0" + SIX),
+        "its CRC-32C differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_damaged_object_graph_is_refused(name: str, tmp_path: Path) -> None:
+    (rows, data), words = GRAPHS[name]
+    error = refusal(write.bundle(tmp_path / "m", rows, data))
+    assert words in str(error)
+    assert GRAPH.decode() in str(error) or name == "two tensors of one name"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "has no footer of a table; is the download complete?"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "has no footer of a table"),
+        (write.table(), "is a table, but not a TensorFlow bundle's"),
+        (write.table(b"\0\1\0w"), "is a table, but not a TensorFlow bundle's"),
+    ],
+)
+def test_an_index_that_is_none(content: bytes, words: str, tmp_path: Path) -> None:
+    write.bundle(tmp_path / "m", {}, SIX)
+    (tmp_path / "m.index").write_bytes(content)
+    assert tensorflow.accepts(tmp_path / "m.index", content)
+    assert words in str(refusal(tmp_path / "m"))
+
+
+def test_a_table_by_itself_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(write.table(b""))
+    assert tensorflow.accepts(tmp_path / "model.ckpt", b"")
+    assert "TensorFlow's first format" in str(refusal(tmp_path / "model.ckpt"))
+
+
+BUDGET = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+from converters.errors import CheckpointError
+from converters.readers import tensorflow
+try:
+    print(len(tensorflow.read(Path(sys.argv[1])).tree), "tensors")
+except CheckpointError as error:
+    print(error)
+"""
+MANY = 1 << 20
+BOMBS: dict[str, tuple[Rows, bytes, str]] = {
+    "dimensions": (
+        whole(**{f"w{n}": entry(b"", [1]) + b"\x12\x00" * MANY for n in range(7)}),
+        b"",
+        "w0: a message has more",
+    ),
+}

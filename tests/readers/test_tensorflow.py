@@ -1,0 +1,157 @@
+"""What TensorFlow writes, in all its forms, is read back bit for bit and under the variables' own names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.errors import CheckpointError, UnsafeCheckpoint
+from converters.readers import tensorflow
+from converters.tensors import LazyTensor
+
+GENERATOR = Path(__file__).with_name("tensorflow_forms.py")
+FORMS = [
+    *("saver", "sharded", "partitioned", "quarters", "dtypes", "many", "others", "module", "slots"),
+    *("keras_plain", "keras_trained", "keras_repeated", "saved_model", "saved_model_repeated"),
+]
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("forms")
+    subprocess.run([sys.executable, GENERATOR, folder], check=True, stderr=subprocess.PIPE, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(forms: Path) -> dict[str, Any]:
+    return json.loads((forms / "expected.json").read_text())
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    tree = tensorflow.read(path).tree
+    found = {name: leaf for name, leaf in sorted(tree.items()) if isinstance(leaf, LazyTensor)}
+    assert all(leaf.spec.name == name for name, leaf in found.items())
+    return {n: [leaf.spec.dtype, list(leaf.spec.shape), leaf.read().hex()] for n, leaf in found.items()}
+
+
+def test_the_table_is_complete(expected: dict[str, Any]) -> None:
+    assert set(FORMS) == set(expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_is_read_bit_for_bit(form: str, forms: Path, expected: dict[str, Any]) -> None:
+    assert tensorflow.accepts(forms / form, b"")
+    assert tensors(forms / form) == expected[form]
+
+
+def test_shadows_slots_and_the_step_keep_their_names(forms: Path) -> None:
+    kernel = "net-b0/stem/conv2d/kernel"
+    twins = {kernel + suffix for suffix in ("", "/ExponentialMovingAverage", "/RMSProp", "/RMSProp_1")}
+    assert tensors(forms / "saver").keys() > twins | {"global_step"}
+
+
+@pytest.mark.parametrize("name", ["", "ckpt-2", "ckpt-2.index", "ckpt-2.data-00000-of-00001", "checkpoint"])
+def test_a_checkpoint_goes_by_several_paths(name: str, forms: Path, expected: dict[str, Any]) -> None:
+    path = forms / "module" / name
+    assert tensorflow.accepts(path, path.read_bytes()[:4096] if path.is_file() else b"")
+    assert tensors(path) == expected["module"]
+
+
+@pytest.mark.parametrize("name", ["x.npz", "model.index", "m.data-00000-of-00001", "folder", "absent"])
+def test_other_files_are_not_accepted(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for other in ("x.npz", "model.index", "m.data-00000-of-00001"):
+        (tmp_path / other).write_bytes(b"PK\3\4" * 20)
+    assert not tensorflow.accepts(tmp_path / name, b"PK\3\4" * 20)
+
+
+def test_what_holds_no_numbers_is_text_or_a_sentence(forms: Path) -> None:
+    tree = tensorflow.read(forms / "others").tree
+    assert tree["text"] == "größe"
+    assert tree["texts"] == ["a", "", "b" * 300, "\\xff"]
+    assert {tree[name] for name in ("long_text", "complex128", "variant")} == {
+        "left out: it holds text",
+        "left out: it holds complex128",
+        "left out: it holds a variant",
+    }
+
+
+def test_contents_say_who_wrote_them_and_where(forms: Path) -> None:
+    contents = tensorflow.read(forms / "sharded")
+    assert [file.path.name for file in contents.files] == [
+        "model.ckpt-7.index",
+        "model.ckpt-7.data-00000-of-00002",
+        "model.ckpt-7.data-00001-of-00002",
+    ]
+    assert contents.integrity == "CRC-32C of every tensor"
+    assert contents.writer == "TensorFlow bundle (producer version 1)"
+
+
+def test_what_is_read_is_the_readers_to_keep(forms: Path) -> None:
+    whole = tensorflow.read(forms / "partitioned").tree["rows/kernel"]
+    once, again = whole.read(), whole.read()
+    once[:4] = b"\xff\xff\xff\xff"
+    assert again[:4] != once[:4]
+
+
+STATES = {
+    "../elsewhere/ckpt": (UnsafeCheckpoint, "lies outside its folder"),
+    "/elsewhere/ckpt": (UnsafeCheckpoint, "lies outside its folder"),
+    "link/ckpt": (UnsafeCheckpoint, "lies outside its folder"),
+    "ckpt-9": (CheckpointError, "is not there"),
+    "a\\000b": (UnsafeCheckpoint, "lies outside its folder"),
+    "\\377": (CheckpointError, "not UTF-8"),
+    "\\x1b[31m": (CheckpointError, r"\\x1b"),
+    "x" * 5000: (CheckpointError, "is not there"),
+}
+
+
+@pytest.mark.parametrize("named", STATES, ids=range(len(STATES)))
+def test_the_checkpoint_file_names_what_lies_beside_it(named: str, forms: Path, tmp_path: Path) -> None:
+    shutil.copytree(forms / "module", tmp_path / "elsewhere")
+    shutil.copytree(forms / "module", tmp_path / "here")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "here" / "link")
+    (tmp_path / "here" / "checkpoint").write_text(f'model_checkpoint_path: "{named}"\n')
+    error, words = STATES[named]
+    with pytest.raises(error, match=words) as caught:
+        tensorflow.read(tmp_path / "here")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", ["ckpt-1", "./ckpt-1", "\\143kpt-1", "{folder}/ckpt-1"])
+def test_the_checkpoint_file_may_name_an_older_one(named: str, forms: Path, tmp_path: Path) -> None:
+    shutil.copytree(forms / "module", tmp_path / "here")
+    state = tmp_path / "here" / "checkpoint"
+    state.write_text(f'model_checkpoint_path: "{named.format(folder=state.parent)}"\n')
+    assert tensors(state)["net/bare"] == ["int32", [2], "0100000002000000"]
+
+
+def test_several_checkpoints_and_no_word_of_the_latest(forms: Path, tmp_path: Path) -> None:
+    for file in (forms / "module").glob("ckpt-*"):
+        shutil.copy(file, tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds 2 checkpoints \(ckpt-1, ckpt-2\); name one"):
+        tensorflow.read(tmp_path)
+
+
+def test_reading_imports_no_tensorflow(forms: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from converters.readers import tensorflow\n"
+        "tree = tensorflow.read(Path(sys.argv[1])).tree; tree['rows/kernel'].read()\n"
+        "print({'tensorflow', 'torch', 'keras', 'google.protobuf'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, forms / "partitioned"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(tensorflow.__file__).parents[2],
+    )
+    assert done.stdout == "set()\n"
