@@ -15,10 +15,11 @@ from typing import Any
 from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
-from converters.mapping import ReferenceFile, Refusal, When, find_mappings, load_mapping, mappings_folder
+from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import prefixes, split
 from converters.plan import Plan, Problem, Route, make_plan, read_off, route
 from converters.readers import Checkpoint
+from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.target import build_skeleton, traits_of
 
 __all__ = ["applying_families", "find_plan", "name_digest", "reference_of"]
@@ -158,9 +159,7 @@ def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(f"the file does not say whether {refusal.reason}; its tensors cannot tell" for refusal in unsure)
 
 
-def _holds(when: When | None, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> bool:
-    if when is None:
-        return True
+def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> bool:
     if when.metadata is not None:
         said = _squeezed(json.dumps(checkpoint.metadata, default=str))
         texts = [when.metadata] if isinstance(when.metadata, str) else when.metadata

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from converters.errors import PlanError, printable
-from converters.mapping import Drop, Mapping, Rule
+from converters.mapping import Drop, Fill, Mapping, Rule
 from converters.names import fold
 from converters.ops import OpError
 from converters.plan import Problem
@@ -17,7 +18,7 @@ __all__ = ["KINDS", "cures", "diagnose"]
 KINDS = {  # kind: what is said of one, of several
     "unmatched": ("source has no row and no drop", "sources have no row and no drop"),
     "nowhere": ("source leads nowhere", "sources lead nowhere"),
-    "tie": ("source has rows that tie", "sources have rows that tie"),
+    "tie": ("name has rows that tie", "names have rows that tie"),
     "twice": ("source is there twice", "sources are there twice"),
     "clash": ("source leads where another leads", "sources lead where others lead"),
     "incomplete": ("target lacks a part", "targets lack a part"),
@@ -32,9 +33,8 @@ _MOST_LINES = 60
 def diagnose(mapping: Mapping, target: str, problems: Sequence[Problem]) -> PlanError:
     """Every problem at once, folded, under the rows that cause them, and the cures that fit."""
     count = f"{len(problems)} problem{'s' * (len(problems) != 1)}"
-    lines = [
-        f"{mapping.path.name if mapping.path.is_absolute() else mapping.path} does not close on {target} ({count})"
-    ]
+    shipped = mapping.path != Path(mapping.name)
+    lines = [f"{f'mappings/{mapping.name}.yaml' if shipped else mapping.path} does not close on {target} ({count})"]
     for kind, (one, several) in KINDS.items():
         of_kind = [problem for problem in problems if problem.kind == kind]
         if not of_kind:
@@ -76,8 +76,8 @@ def _orphans(problems: Iterable[Problem]) -> Iterable[Problem]:
     return (problem for problem in problems if problem.kind in ("nowhere", "unmatched"))
 
 
-def _by_rows(problems: Iterable[Problem]) -> dict[tuple[Rule | Drop, ...], list[Problem]]:
-    groups: dict[tuple[Rule | Drop, ...], list[Problem]] = {}
+def _by_rows(problems: Iterable[Problem]) -> dict[tuple[Rule | Drop | Fill, ...], list[Problem]]:
+    groups: dict[tuple[Rule | Drop | Fill, ...], list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.rows, []).append(problem)
     return groups

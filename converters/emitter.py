@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from converters.errors import OutputError
+from converters.errors import OutputError, printable
 from converters.ops import OpError
 from converters.plan import Plan, Step
 from converters.readers import Checkpoint
@@ -109,7 +109,8 @@ def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorS
 
     origin, wanted = steps[0].origin, [specs[step.target.name] for step in steps]
     if origin.fill is not None:
-        return [from_torch(torch.full(spec.shape, origin.fill, dtype=getattr(torch, spec.dtype))) for spec in wanted]
+        filled = [torch.full(step.target.shape, origin.fill, dtype=getattr(torch, step.target.dtype)) for step in steps]
+        return [from_torch(_cast(tensor, spec)) for tensor, spec in zip(filled, wanted, strict=True)]
     sources = [checkpoint.tensors[name] for name in origin.sources]
     if not origin.ops.ops and len(sources) == 1 and wanted[0].dtype == sources[0].spec.dtype:
         return [sources[0].read()]
@@ -197,7 +198,11 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     if present and not overwrite:
         raise OutputError("is there already", file=destination, cure="choose another name, or pass --overwrite")
     if foreign := sorted(present - set(OUTPUT_FILES)):
-        raise OutputError(f"holds other files too ({foreign[0]})", file=destination, cure="choose another name")
+        raise OutputError(
+            f"holds other files too ({printable(foreign[0])})", file=destination, cure="choose another name"
+        )
+    if present and "conversion.json" not in present:
+        raise OutputError("is not an earlier conversion", file=destination, cure="choose another name")
 
 
 def _rename(folder: Path, destination: Path) -> None:
@@ -205,12 +210,13 @@ def _rename(folder: Path, destination: Path) -> None:
         folder.rename(destination)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
-    destination.rename(old / destination.name)
     try:
-        folder.rename(destination)
-    except OSError:
-        (old / destination.name).rename(destination)
-        raise
+        destination.rename(old / destination.name)
+        try:
+            folder.rename(destination)
+        except OSError:
+            (old / destination.name).rename(destination)
+            raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
 

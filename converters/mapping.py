@@ -1,82 +1,35 @@
 """Mapping files: a family's table, read from YAML, checked, and compiled.
 
-Every fault is a MappingError that names file and line. `MappingFile` is the schema (the command
-`timmport families --schema` prints it for editors); `Mapping` is what the planner works with.
+Every fault is a MappingError that names file and line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, TypeVar
 
 from converters.errors import MappingError
 from converters.names import Match, Pattern, Template, split
 from converters.ops import IDENTITY, Pipeline
+from converters.schema import MappingFile, ReferenceFile, Refusal, RowFile, validate
 from converters.strict_yaml import Lines, load
 
-__all__ = ["Drop", "Leaf", "Mapping", "MappingFile", "Refusal", "Rule", "Way", "When", "find_mappings", "load_mapping"]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class When(_Strict):
-    """A guard: all that it names must hold."""
-
-    source: str | None = None  # the checkpoint has this module or tensor
-    target: str | None = None  # the timm model has it
-    metadata: str | list[str] | None = None  # this text, or one of these, stands in what the checkpoint says of itself
-
-
-class RowFile(_Strict):
-    to: str
-    when: When | None = None
-
-
-class ReferenceFile(_Strict):
-    """How to build the source framework's own model.
-
-    `$name` stands for a value of the target's row, or for `$num_classes`, `$num_features`, `$in_chans` or
-    `$img_size`; an entry whose `$name` has no value is left out.
-    """
-
-    runner: str
-    model: dict[str, Any]
-    outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
-    when: When | None = None
-    target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
-
-
-class Refusal(_Strict):
-    """Sources that look like the family and compute another function."""
-
-    reason: str
-    when: When
-    unless: When | None = None  # what proves that it is not so; without that proof the report carries the reason
-
-
-class MappingFile(_Strict):
-    """The schema of a mapping file."""
-
-    targets: dict[str, dict[str, Any] | None] | Literal["any"]
-    detect: list[str | list[str]] = Field(min_length=1)  # all must be there; of an inner list, one
-    leaves: str
-    rules: dict[str, str | RowFile | list[str | RowFile]]
-    target_args: dict[str, Any] = {}
-    strip: str | list[str] = []
-    ops: dict[str, str] = {}
-    drop: dict[str, str] = {}
-    fill: dict[str, int | float] = {}
-    enumerate: dict[str, str] = {}
-    tables: dict[str, dict[str, int | str]] = {}
-    preprocess: dict[str, Any] = {}
-    reference: ReferenceFile | list[ReferenceFile] = []
-    refuse: list[Refusal] = []
+__all__ = [
+    "Drop",
+    "Fill",
+    "Leaf",
+    "Mapping",
+    "Rule",
+    "Way",
+    "find_mappings",
+    "load_mapping",
+    "mappings_folder",
+    "most_specific",
+]
 
 
 @dataclass(frozen=True)
@@ -93,14 +46,15 @@ Leaves = dict[str, tuple[Leaf, ...]]
 
 @dataclass(frozen=True)
 class Way:
-    """Where a rule leads, and under which guard."""
+    """Where a rule leads, if what its guard names is there."""
 
     template: Template
     ops: Pipeline
-    when: When | None = None
+    source: Template | None = None
+    target: Template | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """One row of the table; the first way whose guard holds is taken."""
 
@@ -113,7 +67,7 @@ class Rule:
         return f"{self.pattern.text}: {self.ways[0].template.text}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Drop:
     """A source that is discarded, and why."""
 
@@ -124,6 +78,19 @@ class Drop:
     @property
     def text(self) -> str:
         return f"{self.pattern.text}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """A value for targets that no source reaches."""
+
+    line: int
+    pattern: Pattern
+    value: int | float
+
+    @property
+    def text(self) -> str:
+        return f"{self.pattern.text}: {self.value}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +105,7 @@ class Mapping:
     strip: tuple[Pattern, ...]
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
-    fill: tuple[tuple[Pattern, int | float], ...]
+    fill: tuple[Fill, ...]
     enumerate: dict[str, Pattern]
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
@@ -159,19 +126,23 @@ class Mapping:
                 segments = found.rest
         return segments
 
-    def best_row(self, segments: tuple[str, ...]) -> tuple[list[Rule | Drop], Match | None]:
-        """The most specific row for a name: none, one, or the several that tie."""
-        best: list[Rule | Drop] = []
-        found: Match | None = None
-        for row in self.rows:
-            match = row.pattern.match(segments)
-            if match is None or (found and match.rank < found.rank):
-                continue
-            if found is None or match.rank > found.rank:
-                best, found = [row], match
-            else:
-                best.append(row)
-        return best, found
+
+Row = TypeVar("Row", Rule | Drop, Fill)
+
+
+def most_specific(rows: Iterable[Row], name: tuple[str, ...]) -> tuple[list[Row], Match | None]:
+    """The rows that match a name and take most of it, most literally: none, one, or the several that tie."""
+    best: list[Row] = []
+    found: Match | None = None
+    for row in rows:
+        match = row.pattern.match(name)
+        if match is None or (found and match.rank < found.rank):
+            continue
+        if found is None or match.rank > found.rank:
+            best, found = [row], match
+        else:
+            best.append(row)
+    return best, found
 
 
 def mappings_folder() -> Path:
@@ -201,30 +172,19 @@ def load_mapping(family: str) -> Mapping:
     )
 
 
-@lru_cache(maxsize=256)
 def _load(path: Path, name: str) -> Mapping:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MappingError(f"cannot be read: {error}", file=path) from error
+    return _read(text, path, name)
+
+
+@lru_cache(maxsize=256)
+def _read(text: str, path: Path, name: str) -> Mapping:
     data, lines = load(text, str(path))
     title = text.splitlines()[0].lstrip("# ") if text.startswith("#") else ""
-    return _compile(_validate(data, lines), name, path, lines, title)
-
-
-def _validate(data: Any, lines: Lines) -> MappingFile:
-    try:
-        return MappingFile.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = tuple(part for part in first["loc"] if isinstance(part, int) or part in str(data))
-        what = ".".join(map(str, place)) or "the file"
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(MappingFile.model_fields) if len(place) == 1 else "see the README"
-            raise lines.error(
-                f"`{what}` is no key of the mapping language", *place, cure=f"there are {known}"
-            ) from None
-        raise lines.error(f"`{what}`: {first['msg'].lower()}", *place) from None
+    return _compile(validate(data, lines), name, path, lines, title)
 
 
 def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str) -> Mapping:
@@ -234,15 +194,21 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         except ValueError as error:
             raise lines.error(str(error), *place) from None
 
+    for key, text in file.ops.items():
+        _check_op(key, text, lines)
+    numbered = {key: pattern(text, "enumerate", key) for key, text in file.enumerate.items()}
     rows: list[Rule | Drop] = []
     for left, right in file.rules.items():
         parsed = pattern(left, "rules", left)
-        ways = [
-            RowFile(to=way) if isinstance(way, str) else way for way in (right if isinstance(right, list) else [right])
-        ]
-        rows.append(Rule(lines.of("rules", left), parsed, tuple(_way(way, parsed, file, lines) for way in ways)))
+        if None in parsed.segments:
+            raise lines.error("`**` stands in drop and fill only", "rules", left)
+        ways = right if isinstance(right, list) else [right]
+        try:
+            compiled = tuple(_way(way, parsed, numbered, file.ops) for way in ways)
+        except ValueError as error:
+            raise lines.error(str(error), "rules", left) from None
+        rows.append(Rule(lines.of("rules", left), parsed, compiled))
     rows += [Drop(lines.of("drop", left), pattern(left, "drop", left), reason) for left, reason in file.drop.items()]
-    numbered = {key: pattern(text, "enumerate", key) for key, text in file.enumerate.items()}
     references = file.reference if isinstance(file.reference, list) else [file.reference]
     strip = [file.strip] if isinstance(file.strip, str) else file.strip
     return Mapping(
@@ -257,7 +223,9 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         strip=tuple(pattern(text.rstrip("./"), "strip", i) for i, text in enumerate(strip)),
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
-        fill=tuple((pattern(text, "fill", text), value) for text, value in file.fill.items()),
+        fill=tuple(
+            Fill(lines.of("fill", text), pattern(text, "fill", text), value) for text, value in file.fill.items()
+        ),
         enumerate=numbered,
         preprocess=file.preprocess,
         references=tuple(references),
@@ -267,18 +235,30 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
     )
 
 
-def _way(way: RowFile, left: Pattern, file: MappingFile, lines: Lines) -> Way:
-    name, _, ops = _outside_braces(way.to)
+def _check_op(name: str, text: str, lines: Lines) -> None:
     try:
-        template = Template.parse(name.strip())
-        given = set(left.fields)
-        for key in left.fields & set(file.enumerate):
-            given |= Pattern.parse(file.enumerate[key]).fields
-        if missing := template.fields - given:
-            raise ValueError(f"{{{'}, {'.join(sorted(missing))}}} on the right is captured nowhere on the left")
-        return Way(template, Pipeline.parse(ops, file.ops), way.when)
+        Pipeline.parse(text)
     except ValueError as error:
-        raise lines.error(str(error), "rules", left.text) from None
+        raise lines.error(str(error), "ops", name) from None
+    with suppress(ValueError):
+        Pipeline.parse(name)
+        raise lines.error(f"`{name}` is a built-in op", "ops", name, cure="choose another name")
+
+
+def _way(row: str | RowFile, left: Pattern, numbered: dict[str, Pattern], ops: dict[str, str]) -> Way:
+    row = RowFile(to=row) if isinstance(row, str) else row
+    name, _, pipeline = _outside_braces(row.to)
+    template = Template.parse(name.strip())
+    source, target = (Template.parse(text) if text else None for text in (row.when.source, row.when.target))
+    given = set(left.fields)
+    for key in left.fields & numbered.keys():
+        if twice := given & numbered[key].fields:
+            raise ValueError(f"{{{min(twice)}}} is captured on the left and by `enumerate` too")
+        given |= numbered[key].fields
+    for needs in filter(None, (template, source, target)):
+        if missing := needs.fields - given:
+            raise ValueError(f"`{needs.text}`: {{{min(missing)}}} is captured nowhere on the left")
+    return Way(template, Pipeline.parse(pipeline, ops), source, target)
 
 
 def _outside_braces(text: str) -> tuple[str, str, str]:

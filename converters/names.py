@@ -11,6 +11,7 @@ A name is segments between `.` or `/`. In a pattern
 
 and everything else is itself. A pattern matches a name from its first segment to the end of a segment, so
 that a module's pattern also takes what lies under the module. In a template `{i+1}` is integer arithmetic.
+What could be read in two ways (`{i}{j}`, `*{i}`) is refused.
 
 >>> found = Pattern.parse("stages.{i}.downsample").match(split("stages.2.downsample.norm.weight"))
 >>> found.captures, found.rest
@@ -25,7 +26,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 __all__ = ["Match", "Pattern", "Template", "fold", "prefixes", "split"]
@@ -33,8 +34,9 @@ __all__ = ["Match", "Pattern", "Template", "fold", "prefixes", "split"]
 Value = int | str
 Tables = Mapping[str, Mapping[str, Value]]
 
+_TEXT, _NUMBER = "[^./]*", "[0-9]{1,9}"
 _FIELD = re.compile(r"\{([^{}]*)\}")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+_NAME = re.compile(r"[A-Za-z][A-Za-z_0-9]*")
 _OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -87,46 +89,56 @@ class Pattern:
     segments: tuple[re.Pattern[str] | None, ...]  # None is `**`
     literals: int
     choices: tuple[str, ...] = ()
-    tables: Tables = None  # type: ignore[assignment]
+    tables: Tables = field(default_factory=dict, compare=False)
 
     @classmethod
     def parse(cls, text: str, tables: Tables | None = None) -> Pattern:
         """Raises ValueError with what is wrong about `text`."""
         tables = tables or {}
         segments: list[re.Pattern[str] | None] = []
-        literals, choices, seen = 0, (), set()
+        literals, choices, seen = 0, tuple[str, ...](), set[str]()
         for segment in _segments_of(text.removesuffix(".**").removesuffix("/**")):
             if segment == "**":
                 segments.append(None)
                 continue
+            if not segment:
+                raise ValueError(f"`{text}` has a segment without text")
             regex = ""
-            for literal, field in _pieces(segment):
-                if field is None:
+            for literal, inside in _pieces(segment):
+                if inside is None:
                     literals += len(literal.replace("*", ""))
-                    regex += "[^./]*".join(map(re.escape, literal.split("*")))
-                elif "|" in field:
+                    regex += _TEXT.join(map(re.escape, literal.split("*")))
+                elif "|" in inside:
                     if choices:
                         raise ValueError(f"`{text}` gathers twice")
-                    choices = tuple(word.strip() for word in field.split("|"))
+                    choices = _words(inside)
+                    literals += min(map(len, choices))
                     regex += f"(?P<_choice>{'|'.join(map(re.escape, choices))})"
-                elif field == "*":
-                    seen.add(field)
-                    regex += "(?P<_any>[^./]*)"
-                elif not _NAME.fullmatch(field):
-                    raise ValueError(f"`{{{field}}}` is no capture; arithmetic belongs on the right side")
-                elif field in seen:
-                    raise ValueError(f"`{text}` captures {{{field}}} twice")
+                elif inside in seen:
+                    raise ValueError(f"`{text}` captures {{{inside}}} twice")
+                elif inside == "*":
+                    seen.add(inside)
+                    regex += f"(?P<_any>{_TEXT})"
+                elif not _NAME.fullmatch(inside):
+                    raise ValueError(f"`{{{inside}}}` is no capture; arithmetic belongs on the right side")
                 else:
-                    seen.add(field)
-                    words = sorted(map(re.escape, tables.get(field, ())), key=len, reverse=True)
-                    regex += f"(?P<{field}>{'|'.join(words) or '[0-9]{1,9}'})"
+                    seen.add(inside)
+                    words = sorted(map(re.escape, tables.get(inside, ())), key=len, reverse=True)
+                    literals += min(map(len, tables.get(inside, ())), default=0)
+                    regex += f"(?P<{inside}>{'|'.join(words) or _NUMBER})"
+            outline = _FIELD.sub(lambda f: f[0] if "|" in f[1] or f[1] in tables else "*", segment)
+            if "**" in outline or segment.count("*") > 2:
+                raise ValueError(f"`{segment}` can be read in more than one way; put text between its wildcards")
             segments.append(re.compile(regex))
         return cls(text, tuple(segments), literals, choices, {k: v for k, v in tables.items() if k in seen})
 
     def match(self, name: tuple[str, ...]) -> Match | None:
         """What this pattern takes of a name's segments, or None."""
         if None in self.segments:
-            taken, groups = self._match_across(name)
+            across = self._match_across(name)
+            if across is None:
+                return None
+            taken, groups = across
         elif len(name) < len(self.segments):
             return None
         else:
@@ -136,13 +148,11 @@ class Pattern:
                 if not found:
                     return None
                 groups.update(found.groupdict())
-        if not taken:
-            return None
         choice = self.choices.index(groups.pop("_choice")) if self.choices else 0
         captures = dict(self._capture(key, text) for key, text in groups.items())
         return Match(captures, name[taken:], (taken, self.literals), choice)
 
-    def _match_across(self, name: tuple[str, ...]) -> tuple[int, dict[str, str]]:
+    def _match_across(self, name: tuple[str, ...]) -> tuple[int, dict[str, str]] | None:
         """Segments taken by a pattern with `**`, the shortest way first; a table over positions, never exponential."""
         reached: dict[int, dict[str, str]] = {0: {}}
         for regex in self.segments:
@@ -154,7 +164,7 @@ class Pattern:
                 elif position < len(name) and (found := regex.fullmatch(name[position])):
                     following.setdefault(position + 1, {**groups, **found.groupdict()})
             reached = following
-        return min(reached.items(), default=(0, {}), key=lambda item: item[0])
+        return min(reached.items(), default=None, key=lambda item: item[0])
 
     @property
     def fields(self) -> frozenset[str]:
@@ -183,13 +193,15 @@ class Template:
     def parse(cls, text: str) -> Template:
         """Raises ValueError with what is wrong about `text`."""
         pieces: list[tuple[str, ast.expr | tuple[str, ...] | None]] = []
-        for literal, field in _pieces(text):
-            if field is None:
+        for literal, inside in _pieces(text):
+            if inside is None:
+                if "*" in literal:
+                    raise ValueError(f"`{text}`: a bare `*` has no meaning on the right side; capture it as {{*}}")
                 pieces.append((literal, None))
-            elif "|" in field:
-                pieces.append(("", tuple(word.strip() for word in field.split("|"))))
+            elif "|" in inside:
+                pieces.append(("", _words(inside)))
             else:
-                pieces.append(("", ast.Name("*") if field == "*" else _expression(field)))
+                pieces.append(("", ast.Name("*") if inside == "*" else _expression(inside)))
         return cls(text, tuple(pieces))
 
     @property
@@ -199,7 +211,10 @@ class Template:
         return {node.id for tree in expressions for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
     def render(self, captures: Mapping[str, Value]) -> tuple[str, ...]:
-        """The names for these captures: one, or as many as its scatter has words. KeyError if one is missing."""
+        """The names for these captures: one, or as many as its scatter has words.
+
+        KeyError if a capture is missing; ValueError where the arithmetic fails.
+        """
         texts = [""]
         for literal, piece in self.pieces:
             if piece is None:
@@ -229,7 +244,8 @@ def fold(names: Iterable[str]) -> list[tuple[str, int]]:
         texts = [*map(_range, ranges), ""]
         cut = max(literals[-1].rfind("."), literals[-1].rfind("/")) + 1
         module = "".join(a + b for a, b in zip(literals[:-1], texts, strict=False)) + literals[-1][:cut]
-        by_module[module if cut else "", literals[-1][cut:] if cut else module + literals[-1]] = count
+        place = (module, literals[-1][cut:]) if cut else ("", module + literals[-1])
+        by_module[place] = by_module.get(place, 0) + count
     folded: dict[str, dict[str, int]] = {}
     for (module, leaf), count in by_module.items():
         folded.setdefault(module if module else leaf, {})[leaf if module else ""] = count
@@ -262,14 +278,26 @@ def _pieces(text: str) -> list[tuple[str, str | None]]:
     return pieces
 
 
+def _words(field: str) -> tuple[str, ...]:
+    """The words of a gather or a scatter."""
+    words = tuple(word.strip() for word in field.split("|"))
+    if len(set(words)) < len(words) or any(re.search(r"[./*]", word) for word in words):
+        raise ValueError(f"`{{{field}}}` must name different words, each within one segment")
+    return words
+
+
 def _expression(field: str) -> ast.expr:
     try:
-        tree = ast.parse(field[:100], mode="eval").body
-        allowed = all(
-            isinstance(node, (ast.BinOp, ast.Name, ast.operator, ast.expr_context))
-            or (isinstance(node, ast.Constant) and type(node.value) is int)
-            for node in ast.walk(tree)
-        ) and all(type(node.op) in _OPERATORS for node in ast.walk(tree) if isinstance(node, ast.BinOp))
+        tree = ast.parse(field, mode="eval").body
+        allowed = (
+            len(field) <= 100
+            and all(
+                isinstance(node, (ast.BinOp, ast.Name, ast.operator, ast.expr_context))
+                or (isinstance(node, ast.Constant) and type(node.value) is int)
+                for node in ast.walk(tree)
+            )
+            and all(type(node.op) in _OPERATORS for node in ast.walk(tree) if isinstance(node, ast.BinOp))
+        )
     except (SyntaxError, ValueError):
         allowed = False
     if not allowed:
@@ -285,5 +313,8 @@ def _evaluate(node: ast.expr, captures: Mapping[str, Value]) -> Value:
     assert isinstance(node, ast.BinOp)
     left, right = _evaluate(node.left, captures), _evaluate(node.right, captures)
     if isinstance(left, str) or isinstance(right, str):
-        raise KeyError(f"{left if isinstance(left, str) else right} is no number")
-    return _OPERATORS[type(node.op)](left, right)
+        raise ValueError(f"`{left if isinstance(left, str) else right}` is no number to calculate with")
+    try:
+        return _OPERATORS[type(node.op)](left, right)
+    except ZeroDivisionError:
+        raise ValueError(f"`{ast.unparse(node)}` divides by zero") from None

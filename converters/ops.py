@@ -63,8 +63,9 @@ class Op:
             raise ValueError(
                 f"`{text}` is no op; there are {', '.join(_BUILTIN)}, einops patterns, and the entries of `ops:`"
             )
-        if any(not part.isdigit() for part in rest) or len(rest) > 1:
-            raise ValueError(f"`{text}`: {word} takes the number of an axis and nothing else")
+        if len(rest) > (word != "sum") or not all(re.fullmatch("[0-9]", part) for part in rest):
+            takes = "the number of an axis and nothing else" if word != "sum" else "nothing"
+            raise ValueError(f"`{text}`: {word} takes {takes}")
         return _BUILTIN[word](text, int(rest[0]) if rest else 0)
 
 
@@ -106,7 +107,7 @@ class Pipeline:
                 current = op.run(current, parts)
             except Exception as error:  # einops and torch raise many kinds
                 shapes = ", ".join(str(tuple(t.shape)) for t in current)
-                reason = str(error).strip().splitlines()[-1]
+                reason = str(error).strip().splitlines()[-1].strip()
                 raise OpError(f"`{op.text}` does not take {shapes}: {reason}") from error
         if len(current) != parts:
             raise OpError(f"`{self.text or 'no op'}` gives {len(current)} tensors for {parts} names")
@@ -151,10 +152,12 @@ def _rearrange(text: str) -> Op:
     left, arrow, right = (part.strip() for part in pattern.partition("->"))
     lengths: dict[str, int] = {}
     for size in sizes:
-        found = re.fullmatch(r"([a-z_]\w*)\s*=\s*([1-9][0-9]{0,8})", size)
+        found = re.fullmatch(r"([A-Za-z_]\w*)\s*=\s*([1-9][0-9]{0,8})", size)
         if not found:
             raise ValueError(f"`{size}` in `{text}` is no axis length; write `h=2`")
         lengths[found[1]] = int(found[2])
+    if re.search(r"\([^)]*\.\.\.", pattern):
+        raise ValueError(f"`{text}` merges `...` with other axes, and nothing leads back")
     axes = [set(re.findall(r"[A-Za-z_]\w*", side)) for side in (left, right)]
     if not arrow or axes[0] != axes[1]:
         raise ValueError(f"`{text}` does not keep its axes: {', '.join(sorted(axes[0] ^ axes[1])) or 'no arrow'}")
@@ -163,7 +166,7 @@ def _rearrange(text: str) -> Op:
     try:
         einops.rearrange(_Probe.of(left, lengths), pattern, **lengths)
     except einops.EinopsError as error:
-        raise ValueError(f"`{text}`: {str(error).strip().splitlines()[-1]}") from error
+        raise ValueError(f"`{text}`: {str(error).strip().splitlines()[-1].strip()}") from error
 
     def run(tensors: Tensors, parts: int) -> Tensors:
         return [einops.rearrange(tensor, pattern, **lengths) for tensor in tensors]

@@ -10,8 +10,8 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 from typing import Any
 
-from converters.mapping import Drop, Leaf, Mapping, Rule, Way, When
-from converters.names import Match, Template, prefixes, split
+from converters.mapping import Drop, Fill, Leaf, Mapping, Rule, Way, most_specific
+from converters.names import Match, prefixes, split
 from converters.ops import IDENTITY, OpError, Pipeline
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
@@ -65,7 +65,7 @@ class Problem:
     kind: str  # a key of diagnosis.KINDS
     name: str  # the source or target that it is about
     spec: TensorSpec
-    rows: tuple[Rule | Drop, ...] = ()
+    rows: tuple[Rule | Drop | Fill, ...] = ()
     detail: str = ""
     target: str = ""  # for a source that a rule sends nowhere: the name that the target lacks
 
@@ -86,7 +86,7 @@ def route(mapping: Mapping, specs: Dict[str, TensorSpec]) -> tuple[Route, ...]:
     routes, taken = [], dict[tuple[str, ...], str]()
     for name, spec in specs.items():
         segments = mapping.stripped(name)
-        rows, match = mapping.best_row(segments)
+        rows, match = most_specific(mapping.rows, segments)
         problem = None
         if other := taken.get(segments):
             problem = Problem("twice", name, spec, detail=f"it and {other} are one name without their prefix")
@@ -113,9 +113,11 @@ def read_off(mapping: Mapping, routes: tuple[Route, ...], traits: Traits) -> dic
             continue  # a gather's member, or a row that needs the target; neither is a classifier or a stem
         shapes.update((split(name), shape) for name in names)
     args: dict[str, int] = {}
-    classes = [shape[0] for name in traits.classifiers if (shape := shapes.get((*split(name), "weight")))]
-    channels = [shape[1] for name in traits.first_convs if len(shape := shapes.get((*split(name), "weight"), ())) == 4]
-    if traits.classifiers and (classes or traits.num_classes) != [traits.num_classes]:
+    heads = [shapes.get((*split(name), "weight"), ()) for name in traits.classifiers]
+    stems = [shapes.get((*split(name), "weight"), ()) for name in traits.first_convs]
+    classes = [head[0] for head in heads if head]
+    channels = [stem[1] for stem in stems if len(stem) == 4]
+    if traits.classifiers and classes[:1] != [traits.num_classes]:
         args["num_classes"] = classes[0] if classes else 0
     if channels and channels[0] != traits.in_chans:
         args["in_chans"] = channels[0]
@@ -141,20 +143,20 @@ class _Existing:
     target: frozenset[tuple[str, ...]]
     source: frozenset[tuple[str, ...]]
 
-    def holds(self, when: When | None, captures: dict[str, Any]) -> bool:
-        asked = [] if when is None else [(when.source, self.source), (when.target, self.target)]
-        return all(
-            split(name) in there for text, there in asked if text for name in Template.parse(text).render(captures)
-        )
+    def holds(self, way: Way, captures: dict[str, Any]) -> bool:
+        asked = ((way.source, self.source), (way.target, self.target))
+        return all(split(name) in there for guard, there in asked if guard for name in guard.render(captures))
 
 
 @dataclass
 class _Gather:
-    """Sources on their way to the same targets."""
+    """Sources on their way to the same targets, by the same row, captures and ops."""
 
     rule: Rule
+    names: tuple[str, ...]
     ops: Pipeline
-    members: dict[int, TensorSpec] = field(default_factory=dict)
+    captures: dict[str, int | str]
+    members: dict[int, TensorSpec] = field(default_factory=dict, compare=False)
 
 
 class _Draft:
@@ -166,7 +168,7 @@ class _Draft:
         self.numbered = {key: skeleton.number(pattern) for key, pattern in mapping.enumerate.items()}
         self.problems: list[Problem] = []
         self.drops: dict[str, Drop] = {}
-        self.gathers: dict[tuple[str, ...], _Gather] = {}
+        self.reached: dict[str, _Gather] = {}
 
     def add(self, item: Route) -> None:
         if item.problem:
@@ -186,33 +188,36 @@ class _Draft:
         if absent := [target for target in names if target not in self.skeleton.specs]:
             self.problems.append(Problem("nowhere", name, spec, (rule,), target=absent[0]))
             return
-        gather = self.gathers.setdefault(names, _Gather(rule, ops))
-        if gather.rule is not rule or match.choice in gather.members:
-            other = next(iter(gather.members.values())).name
-            self.problems.append(
-                Problem("clash", name, spec, (gather.rule, rule), f"{names[0]} comes from {other} too")
-            )
-            return
-        gather.members[match.choice] = spec
+        mine = _Gather(rule, names, ops, match.captures)
+        for target in names:
+            there = self.reached.get(target, mine)
+            if there != mine or match.choice in there.members or names.count(target) > 1:
+                self.problems.append(_clash(item, rule, target, there))
+                return
+        for target in names:
+            there = self.reached.setdefault(target, mine)
+        there.members[match.choice] = spec
 
     def close(self) -> Plan | tuple[Problem, ...]:
-        steps = [step for names, gather in self.gathers.items() for step in self._steps(names, gather)]
-        reached = {name for names in self.gathers for name in names}
+        gathers = {id(gather): gather for gather in self.reached.values() if gather.members}
+        steps = [step for gather in gathers.values() for step in self._steps(gather)]
         for name, spec in self.skeleton.specs.items():
-            if name in reached:
+            if name in self.reached:
                 continue
-            values = [value for pattern, value in self.mapping.fill if pattern.match(split(name))]
-            if values:
-                steps.append(Step(spec, Origin(fill=values[0])))
+            fills, _ = most_specific(self.mapping.fill, split(name))
+            if len(fills) != 1:
+                self.problems.append(Problem("tie" if fills else "missing", name, spec, tuple(fills)))
+            elif isinstance(fills[0].value, float) and _kind(spec.dtype) != "float":
+                self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
-                self.problems.append(Problem("missing", name, spec))
+                steps.append(Step(spec, Origin(fill=fills[0].value)))
         if self.problems:
             return tuple(self.problems)
         return Plan(self.mapping, self.skeleton, tuple(steps), self.drops)
 
-    def _steps(self, names: tuple[str, ...], gather: _Gather) -> list[Step]:
+    def _steps(self, gather: _Gather) -> list[Step]:
         """The steps of one gather, or none and a problem for each of its targets."""
-        words = gather.rule.pattern.choices
+        words, names = gather.rule.pattern.choices, gather.names
         sources = [gather.members[choice] for choice in sorted(gather.members)]
         wanted = [self.skeleton.specs[name] for name in names]
 
@@ -230,12 +235,25 @@ class _Draft:
         for spec, shape in zip(wanted, shapes, strict=True):
             if spec.shape != shape:
                 return fail("shape", f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm")
-        if _is_float(sources[0].dtype) != _is_float(wanted[0].dtype):
-            return fail("dtype", f"{sources[0].dtype} from {sources[0].name}, {wanted[0].dtype} in timm")
+        for spec in sources:
+            if spec.dtype != sources[0].dtype:
+                return fail("dtype", f"{spec.dtype} from {spec.name}, {sources[0].dtype} from {sources[0].name}")
+            if _kind(spec.dtype) != _kind(wanted[0].dtype):
+                return fail("dtype", f"{spec.dtype} from {spec.name}, {wanted[0].dtype} in timm")
         origin = Origin(tuple(s.name for s in sources), gather.ops, gather.rule, parts=len(names))
         return [
             Step(TensorSpec(spec.name, spec.shape, sources[0].dtype), origin, part) for part, spec in enumerate(wanted)
         ]
+
+
+def _clash(item: Route, rule: Rule, target: str, there: _Gather) -> Problem:
+    """The problem of a source whose target is taken, or that does not fit the other parts of its gather."""
+    rows = (rule,) if there.rule is rule else (there.rule, rule)
+    other = next(iter(there.members.values()), item.spec).name
+    detail = f"{target} comes from {other} too"
+    if there.rule is rule and item.match and item.match.choice not in there.members:
+        detail = f"its indices or ops are not those of {other}"
+    return Problem("clash", item.spec.name, item.spec, rows, detail)
 
 
 def _destination(
@@ -243,15 +261,17 @@ def _destination(
 ) -> tuple[tuple[str, ...], Pipeline]:
     """The target names that a route leads to, and its ops. Raises _Homeless, or KeyError without the numbering."""
     assert isinstance(item.row, Rule) and item.match
-    captures = dict(item.match.captures)
-    for key in mapping.enumerate:
-        if key in captures and key in numbered:
-            modules = numbered[key]
-            if captures[key] >= len(modules):
-                raise _Homeless(f"the target has only {len(modules)} of {mapping.enumerate[key].text}")
-            captures |= modules[captures[key]]
-    way = _way(item.row, captures, existing)
-    names = way.template.render(captures)
+    captures: dict[str, Any] = dict(item.match.captures)
+    for key in captures.keys() & mapping.enumerate.keys() & numbered.keys():
+        modules, number = numbered[key], captures[key]
+        if not isinstance(number, int) or not 0 <= number < len(modules):
+            raise _Homeless(f"the target has only {len(modules)} of {mapping.enumerate[key].text}")
+        captures |= modules[number]
+    try:
+        way = _way(item.row, captures, existing)
+        names = way.template.render(captures)
+    except ValueError as error:  # arithmetic on a word, a division by zero
+        raise _Homeless(str(error)) from error
     if not item.match.rest:
         return names, way.ops
     leaf = _leaf(mapping, item)
@@ -261,7 +281,7 @@ def _destination(
 
 def _way(rule: Rule, captures: dict[str, Any], existing: _Existing) -> Way:
     for way in rule.ways:
-        if existing.holds(way.when, captures):
+        if existing.holds(way, captures):
             return way
     raise _Homeless("no way of this row has a guard that holds")
 
@@ -278,8 +298,9 @@ def _leaf(mapping: Mapping, item: Route) -> Leaf:
     raise _Homeless(f"leaves.yaml has no layout for a `{leaf}` of rank {rank}")
 
 
-def _is_float(dtype: str) -> bool:
-    return dtype.startswith(("float", "bfloat", "complex"))
+def _kind(dtype: str) -> str:
+    """What a dtype holds: a cast between two of a kind may round, between kinds it means something else."""
+    return next(kind for kind in ("float", "int", "complex", "bool") if kind in dtype)
 
 
 def _x(shape: tuple[int, ...]) -> str:

@@ -16,6 +16,9 @@ from converters.tensors import TensorSpec
 __all__ = ["Skeleton", "Traits", "all_architectures", "build_skeleton", "traits_of"]
 
 
+_LOADING = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+
+
 @dataclass(frozen=True)
 class Traits:
     """What timm says of an architecture before it is built."""
@@ -81,6 +84,8 @@ def _build(architecture: str, args: str) -> Skeleton:
 
     traits_of(architecture)
     arguments = json.loads(args)
+    if loading := sorted(_LOADING & arguments.keys()):
+        raise TargetError(f"`{loading[0]}` is no argument of an architecture: it loads weights or settings")
     try:
         with torch.device("meta"), _without_initialisation():
             model = timm.create_model(architecture, pretrained=False, **arguments)

@@ -108,7 +108,7 @@ def _find_reader(path: Path) -> Reader:
         reader = cast(Reader, import_module(f"converters.readers.{name}"))
         if reader.accepts(path, head):
             return reader
-    raise UnknownFormat(_what_it_is(head), file=path)
+    raise UnknownFormat("is a folder without a checkpoint" if path.is_dir() else _what_it_is(head), file=path)
 
 
 def _is_bundle_prefix(path: Path) -> bool:

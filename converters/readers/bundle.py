@@ -4,8 +4,12 @@
     NAME          -> entry: dtype, shape, and either the place of its bytes and their CRC-32C, or its slices
     slice's key   -> entry of one slice of a partitioned variable
 
-The messages are BundleHeaderProto and BundleEntryProto (tensorflow/core/protobuf/tensor_bundle.proto); a slice's key
-is its tensor's name and its box in OrderedCode (tensorflow/core/lib/strings/ordered_code.h).
+    header: 1 data files | 2 byte order | 3 version: 1 producer, 2 oldest reader
+    entry:  1 dtype | 2 shape: 2 dimension (1 size), 3 unknown rank | 3 data file | 4 offset | 5 size | 6 masked CRC-32C
+            7 slice: 1 extent on an axis (1 start, 2 length)
+
+These are the fields of BundleHeaderProto and BundleEntryProto (tensorflow/core/protobuf/tensor_bundle.proto); a slice's
+key is its tensor's name and its extents in OrderedCode (tensorflow/core/lib/strings/ordered_code.h).
 """
 
 from __future__ import annotations
@@ -47,8 +51,9 @@ NUMBERS = {  # TensorFlow's DataType: the key of DTYPES
     24: "float8_e5m2",
     25: "float8_e4m3fn",
 }
-MAX_INDEX = 1 << 24  # bytes; a thousand variables take a hundred thousand
-MAX_ENTRIES = 1 << 18
+SLICES = 7  # the field of an entry
+MAX_INDEX = 1 << 23  # bytes; a thousand variables take a hundred thousand
+MAX_ENTRIES = 1 << 17
 MAX_RANK = 32
 MAX_SPLIT_AXES = 3  # TensorFlow's own partitioners split one
 
@@ -154,7 +159,7 @@ def _header(header: Message) -> tuple[int, int]:
 
 def _entries(index: SourceFile, table: Iterator[tuple[bytes, memoryview]]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
-    partitioned: dict[str, Message] = {}
+    partitioned: dict[str, memoryview] = {}
     slices: dict[bytes, Entry] = {}
     for count, (key, value) in enumerate(table):
         if count == MAX_ENTRIES:
@@ -163,18 +168,18 @@ def _entries(index: SourceFile, table: Iterator[tuple[bytes, memoryview]]) -> di
         with _blame(index, name):
             message = Message(value)
             if key.startswith(b"\0"):
-                if 7 in message:
+                if SLICES in message:
                     raise Malformed("is a slice that has slices")
                 slices[key] = _entry(message)
                 continue
             if name.encode() != key:
                 raise Malformed("its name is not UTF-8")
             entries[name] = _entry(message)
-            if 7 in message:
-                partitioned[name] = message
-    for name, message in partitioned.items():
+            if SLICES in message:
+                partitioned[name] = value
+    for name, value in partitioned.items():
         with _blame(index, name):
-            pieces = tuple(_pieces(name, entries[name], message, slices))
+            pieces = tuple(_pieces(name, entries[name], Message(value), slices))
             entries[name] = replace(entries[name], pieces=pieces)
     for key in slices:
         with _blame(index, key.decode("utf-8", "backslashreplace")):
@@ -188,7 +193,7 @@ def _entry(message: Message) -> Entry:
     if shape.integer(3) or len(dims) > MAX_RANK or min(dims, default=0) < 0 or math.prod(d or 1 for d in dims) >> 63:
         raise Malformed(f"its shape is absurd, of rank {len(dims)}: {dims[:MAX_RANK]}")
     dtype, size = message.integer(1), message.integer(5)
-    if dtype in NUMBERS and 7 not in message and size != math.prod(dims) * DTYPES[NUMBERS[dtype]][1]:
+    if dtype in NUMBERS and SLICES not in message and size != math.prod(dims) * DTYPES[NUMBERS[dtype]][1]:
         raise Malformed(f"its {size} bytes are not a {NUMBERS[dtype]} tensor of shape {dims}")
     return Entry(dtype, dims, message.integer(3), message.integer(4), size, message.integer(6))
 
@@ -196,7 +201,7 @@ def _entry(message: Message) -> Entry:
 def _pieces(name: str, whole: Entry, message: Message, slices: dict[bytes, Entry]) -> Iterator[tuple[Box, Entry]]:
     """Take the slices of `whole` out of `slices`; together they must cover it once."""
     boxes = []
-    for part in message.messages(7):
+    for part in message.messages(SLICES):
         extents = [(extent.integer(1), extent.integer(2) if 2 in extent else -1) for extent in part.messages(1)]
         if len(extents) != len(whole.shape):
             raise Malformed(f"a slice has {len(extents)} axes, not {len(whole.shape)}")
@@ -218,7 +223,7 @@ def _slice_key(name: str, extents: Sequence[tuple[int, int]]) -> bytes:
     >>> _slice_key("w", [(0, 2), (64, -1)])
     b'\x00w\x00\x01\x01\x02\x80\x82\xc0@\x7f'
     """
-    escaped = name.encode().replace(b"\xff", b"\xff\0")  # a name with a zero byte never gets here
+    escaped = name.encode().replace(b"\0", b"\0\xff")
     numbers = b"".join(_ordered(number) for extent in extents for number in extent)
     return b"\0" + escaped + b"\0\1" + (bytes([1, len(extents)]) if extents else b"\0") + numbers
 

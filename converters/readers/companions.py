@@ -47,7 +47,9 @@ def separate(tensors: dict[str, LazyTensor], averaged: bool) -> Separated:
     kept = {name: weights[chosen.get(name, name)] for name in weights if name not in left}
     pattern, mark = (f"**{SHADOW}", SHADOW.strip("/")) if shadows else ("ema_*", "ema_")
     kind, other = ("averaged", "raw") if averaged else ("raw", "averaged")
-    set_aside[f"** without {mark}" if chosen else pattern] = f"{len(copies)} {other} weights; the {kind} ones are taken"
+    set_aside[f"** without {mark}" if chosen else pattern] = (
+        f"{other} weights ({len(copies)}); the {kind} ones are taken"
+    )
     return Separated(kept, (mark,) if chosen else (), set_aside, True)
 
 

@@ -16,14 +16,9 @@ The config is read as text: nothing in it is built.
 
 from __future__ import annotations
 
-import functools
-import io
 import itertools
 import json
 import re
-import struct
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,14 +28,13 @@ from typing import Any
 from converters.errors import CheckpointError, DamagedCheckpoint, UnknownFormat, UnsafeCheckpoint
 from converters.readers import Contents
 from converters.readers.files import SourceFile
-from converters.readers.hdf5 import SIGNATURE, Hdf5, Window, faults, open_hdf5
+from converters.readers.hdf5 import SIGNATURE, Hdf5, faults, open_hdf5
+from converters.readers.keras_archive import CONFIG, METADATA, is_archive, open_archive
 
 __all__ = ["FORMAT", "accepts", "name_roles", "read"]
 
 FORMAT = "Keras"
-CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
-MOST_TEXT = 8 << 20
-MOST_INFLATED = 256 << 20
+MOST_TEXT = 8 << 20  # bytes of a config
 CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # where a model keeps its layers; the latter before Keras 3
 OPTIMIZERS = ("optimizer", "optimizer_weights")
 
@@ -85,24 +79,20 @@ class Variable:
 
 
 def accepts(path: Path, head: bytes) -> bool:
-    if head.startswith(b"PK\x03\x04"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return {CONFIG, WEIGHTS} <= set(archive.namelist())
-        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, struct.error):
-            return False
-    return head.startswith(SIGNATURE)
+    return head.startswith(SIGNATURE) or (head.startswith(b"PK\x03\x04") and is_archive(path))
 
 
 def read(path: Path) -> Contents:
     source = SourceFile(path)
     metadata: dict[str, Any] = {}
     if bytes(source.read(0, min(len(SIGNATURE), source.size))) == SIGNATURE:
-        hdf5 = open_hdf5(Window(source), source.size, path)
+        hdf5 = open_hdf5(source, path)
         integrity = "Fletcher-32 of every chunk" if hdf5.is_checksummed else "none in format"
     else:
-        hdf5, metadata = _open_archive(source)
-        integrity = "CRC-32 of the archive"
+        archive = open_archive(source)
+        hdf5, integrity = open_hdf5(archive.weights, path), "CRC-32 of the archive"
+        metadata["config"] = _parse(archive.config, CONFIG, path)
+        metadata["keras_version"] = _parse(archive.metadata, METADATA, path).get("keras_version")
 
     root = "model_weights" if "model_weights" in hdf5.groups else ""
     for key in ("keras_version", "backend"):
@@ -139,56 +129,18 @@ def name_roles(kind: str, count: int, settings: Mapping[str, Any] | None = None)
     settings = settings or {}
     roles = [role for role in ROLES.get(kind, ()) if settings.get(OPTIONAL.get(role, ""), True)]
     optional = [role for role in roles if role in OPTIONAL]
-    readings = [
-        [role for role in roles if role not in absent]
-        for absent in itertools.combinations(optional, len(roles) - count)
-    ] if 0 <= len(roles) - count <= len(optional) else []
+    readings = (
+        [
+            [role for role in roles if role not in absent]
+            for absent in itertools.combinations(optional, len(roles) - count)
+        ]
+        if 0 <= len(roles) - count <= len(optional)
+        else []
+    )
     return [
         readings[0][i] if readings and len({reading[i] for reading in readings}) == 1 else f"variable_{i}"
         for i in range(count)
     ]
-
-
-def _open_archive(source: SourceFile) -> tuple[Hdf5, dict[str, Any]]:
-    """The weights within a .keras archive, read in place where they are stored as they are; and its texts."""
-    file = source.path
-    with faults(file), zipfile.ZipFile(io.BufferedReader(Window(source))) as archive:
-        names = Counter(archive.namelist())
-        for member in (CONFIG, METADATA, WEIGHTS):
-            if names[member] > 1:
-                raise DamagedCheckpoint(f"holds {names[member]} members of one name", file=file, tensor=member)
-        metadata = {"config": _parse(_extract(archive, CONFIG, MOST_TEXT, file), CONFIG, file)}
-        if METADATA in names:
-            text = _parse(_extract(archive, METADATA, MOST_TEXT, file), METADATA, file)
-            metadata["keras_version"] = text.get("keras_version")
-        info = archive.getinfo(WEIGHTS)
-        if info.compress_type != zipfile.ZIP_STORED:
-            weights = _extract(archive, WEIGHTS, MOST_INFLATED, file)
-            return open_hdf5(io.BytesIO(weights), len(weights), file), metadata
-        archive.open(info).close()  # its own header must agree with the directory
-        lengths = struct.unpack("<HH", source.read(info.header_offset + 26, 4))
-        start = info.header_offset + 30 + sum(lengths)
-        source.read(start + info.file_size, 0)  # it must end within the file
-    window = functools.partial(Window, source, start, info.file_size)
-    check = functools.partial(_check_crc, window(), info.CRC, file)
-    return open_hdf5(window(), info.file_size, file, functools.cache(check)), metadata
-
-
-def _extract(archive: zipfile.ZipFile, member: str, most: int, file: Path) -> bytes:
-    """A member's bytes, at most `most`; its CRC-32 is checked."""
-    if archive.getinfo(member).file_size > most:
-        cure = "store it uncompressed (zip -0)" if member == WEIGHTS else None
-        raise UnsafeCheckpoint(f"unpacks to more than {most >> 20} MB", file=file, tensor=member, cure=cure)
-    return archive.read(member)
-
-
-def _check_crc(window: Window, expected: int, file: Path) -> None:
-    crc = 0
-    window.seek(0)
-    while piece := window.read(8 << 20):
-        crc = zlib.crc32(piece, crc)
-    if crc != expected:
-        raise DamagedCheckpoint("its CRC-32 differs", file=file, tensor=WEIGHTS, cure="fetch the file again")
 
 
 def _parse(text: str | bytes, member: str, file: Path) -> dict[str, Any]:
@@ -249,7 +201,7 @@ def _name_modern(hdf5: Hdf5, layers: list[Layer]) -> Iterator[Variable]:
         keys = [dataset.rpartition("/")[2] for dataset in datasets]
         roles = name_roles(kind, len(keys), settings.get(path)) if all(map(str.isdecimal, keys)) else keys
         for dataset, role in zip(datasets, roles, strict=True):
-            if role == "kernel" and hdf5.datasets[dataset].dtype.kind in "iu":
+            if role == "kernel" and "int" in hdf5.datasets[dataset].dtype:
                 raise CheckpointError(
                     "is quantized", file=hdf5.file, tensor=f"{module}/kernel", cure="save the model that it was made of"
                 )

@@ -34,7 +34,7 @@ class _Node:
 
 
 def name_variables(graph: memoryview, entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Key -> name for all of `entries` but the second copies that an exported model holds; no name comes twice.
+    """Key -> name for all of `entries` but the second copies that an exported model holds.
 
     A variable goes by its full name; where several share one, or it has none, by its key without VALUE.
     An optimizer's slots are called `VARIABLE/.OPTIMIZER_SLOT/OPTIMIZER/SLOT`, and whatever else it keeps

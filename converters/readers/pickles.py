@@ -138,7 +138,7 @@ class _Machine:
         reached = {module.split(".")[0], *name.split(".")}  # a dotted name may walk from a module into another
         if reached & RUNS_CODE or (module == "builtins" and name in RUNS_CODE_BUILTINS):
             raise UnsafeCheckpoint(
-                f"its pickle calls {Symbol(module, name)}, which would run code in a program that unpickles it",
+                f"its pickle names {Symbol(module, name)}, which runs code in a program that unpickles it",
                 file=self.file,
                 cure="do not load it anywhere; get it from a source that you trust",
             )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 __all__ = ["Malformed", "Message", "fields", "varint"]
 
-MAX_FIELDS = 1 << 20  # of one message; a field of two bytes costs a hundred times its size in memory
+MAX_FIELDS = 1 << 18  # of one message; a field of two bytes costs a hundred times its size in memory
 
 
 class Malformed(ValueError):
@@ -26,6 +26,8 @@ def varint(data: memoryview | bytes, at: int) -> tuple[int, int]:
     >>> varint(b"\xac\x02", 0)
     (300, 2)
     """
+    if at < len(data) and data[at] < 0x80:  # most are this short
+        return data[at], at + 1
     value = shift = 0
     while at < len(data) and shift < 70:
         byte = data[at]

@@ -20,6 +20,7 @@ __all__ = ["FORMAT", "accepts", "read"]
 
 FORMAT = "safetensors"
 MAX_HEADER = 100_000_000  # bytes, as the library has it
+MAX_MARKS = 4_000_000  # brackets and commas in a header, which bound what it costs to parse; a tensor has about ten
 NAMES = {code: name for name, (code, _) in DTYPES.items()}
 
 
@@ -88,6 +89,8 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _parse(header: bytes, path: Path) -> dict[str, Any]:
+    if sum(header.count(mark) for mark in (b"[", b"{", b",")) > MAX_MARKS:
+        raise UnsafeCheckpoint(f"its header has more than {MAX_MARKS:,} brackets and commas", file=path)
     try:
         parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_distinct)
     except (RecursionError, MemoryError) as error:

@@ -25,18 +25,18 @@ __all__ = ["FORMAT", "accepts", "read"]
 FORMAT = "TensorFlow checkpoint"
 DATA_FILE = re.compile(r"(.+)\.data-\d{5,}-of-\d{5,}")
 STATE = re.compile(rb'\s*model_checkpoint_path\s*:\s*"((?:[^"\\\n]|\\.)*)"')  # text of a CheckpointState message
-MAX_GRAPH = 1 << 24  # bytes; a thousand variables take a hundred thousand
+MAX_GRAPH = 1 << 22  # bytes; a thousand layers take a million
 MAX_TEXT = 1 << 20  # bytes of all string tensors that are kept
 LEFT_OUT = {7: "text", 18: "complex128", 20: "a resource", 21: "a variant"}
 
 
 def accepts(path: Path, head: bytes) -> bool:
     if path.is_dir():
-        return bool(_state(path / "checkpoint") or _indexes(path))
+        return _state(path / "checkpoint") is not None or bool(_indexes(path))
     if not path.exists():
         return path.with_name(f"{path.name}.index").is_file()
-    if match := DATA_FILE.fullmatch(path.name):
-        return path.with_name(f"{match[1]}.index").is_file()
+    if DATA_FILE.fullmatch(path.name):
+        return True
     if path.suffix == ".index" and path.with_suffix(".data-00000-of-00001").is_file():
         return True  # whatever it holds, so that the error names what is wrong with it
     return bool(STATE.match(head)) or is_table(SourceFile(path))
@@ -91,7 +91,7 @@ def _names(bundle: Bundle) -> dict[str, str]:
 def _prefix(path: Path) -> Path:
     """What the names of the bundle's files begin with."""
     if path.is_dir():
-        if named := _state(path / "checkpoint"):
+        if (named := _state(path / "checkpoint")) is not None:
             return _latest(path / "checkpoint", named)
         match _indexes(path):
             case [index]:
@@ -105,12 +105,12 @@ def _prefix(path: Path) -> Path:
         return path.with_name(match[1])
     if path.suffix == ".index":
         return path.with_suffix("")
-    if named := _state(path):
+    if (named := _state(path)) is not None:
         return _latest(path, named)
     raise CheckpointError(
-        "is a table by itself: a checkpoint of TensorFlow's first format, or an index under another name",
+        "is a table without data files: TensorFlow's first format, or an index under another name",
         file=path,
-        cure="save it again with tf.compat.v1.train.Saver, or name the index PREFIX.index beside its data files",
+        cure="save it again with tf.compat.v1.train.Saver, or call it PREFIX.index beside its data files",
     )
 
 
@@ -135,9 +135,9 @@ def _latest(state: Path, named: bytes) -> Path:
     except UnicodeError as error:
         raise DamagedCheckpoint("names a checkpoint by what is not UTF-8", file=state) from error
     prefix = Path(os.path.normpath(state.parent / name))
-    shown = f"names {printable(name)!r} as the latest, which"
+    shown, cure = f'names "{printable(name)}" as the latest', "give the path of the checkpoint itself"
     if "\0" in name or not Path(os.path.realpath(prefix.parent)).is_relative_to(os.path.realpath(state.parent)):
-        raise UnsafeCheckpoint(f"{shown} lies outside its folder", file=state, cure="give the path of the checkpoint")
+        raise UnsafeCheckpoint(f"{shown}, which lies outside its folder", file=state, cure=cure)
     if not os.path.isfile(f"{prefix}.index"):
-        raise CheckpointError(f"{shown} is not there", file=state, cure="give the path of a checkpoint that is")
+        raise CheckpointError(f"{shown}, of which there is no index", file=state, cure=cure)
     return prefix

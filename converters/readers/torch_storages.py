@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from converters.errors import DamagedCheckpoint, UnsafeCheckpoint
+from converters.errors import DamagedCheckpoint, UnsafeCheckpoint, printable
 from converters.readers.files import CHUNK, SourceFile
 from converters.readers.pickles import Opaque, Symbol
 from converters.tensors import DTYPES, LazyTensor, TensorSpec
@@ -100,7 +100,7 @@ class View:
         """The lazy tensor; raises CheckpointError where the view and its storage contradict each other."""
         fault = partial(DamagedCheckpoint, file=record.file.path, tensor=name)
         if self.dtype not in DTYPES:
-            return Opaque(Symbol("torch", self.dtype), f"is of dtype {self.dtype}, which is not converted")
+            return Opaque(Symbol("torch", self.dtype), f"is of dtype {printable(self.dtype)}, which is not converted")
         if record.nbytes != self.storage.nbytes:
             raise fault(f"its storage takes {self.storage.nbytes} bytes, but the file has {record.nbytes}")
         offset, shape, strides = self.offset, self.shape, self.strides

@@ -12,14 +12,18 @@ from typing import Any
 
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
 from converters.readers.files import SourceFile
-from converters.readers.pickles import MAX_STEPS, Opaque, Symbol
+from converters.readers.pickles import Opaque, Symbol
 from converters.readers.torch_storages import Record, Storage, View, why_no_tensor
 from converters.tensors import LazyTensor
 
 __all__ = ["build_tree"]
 
 MAX_DEPTH = 200
+MAX_MEMBERS = 1_000_000  # parameters, buffers and submodules of one file, counted as often as they are shared
 MAX_NAME = 10_000  # characters
+SCRIPT_LISTS = "torch.jit._pickle"
+GROUPS = ("_parameters", "_buffers", "_modules")
+Members = list[tuple[Any, Any]]
 
 
 def build_tree(value: Any, file: SourceFile, find: Callable[[Storage, str], Record]) -> dict[str, Any]:
@@ -40,16 +44,13 @@ class _Builder:
     file: SourceFile
     find: Callable[[Storage, str], Record]
     done: dict[int, Any] = field(default_factory=dict)  # what became of each container, by id
-    steps: int = 0
-
-    def spend(self, depth: int) -> None:
-        self.steps += 1
-        if depth > MAX_DEPTH or self.steps > MAX_STEPS:
-            raise UnsafeCheckpoint("its pickle is nested too deeply", file=self.file.path)
+    members: dict[int, Members | None] = field(default_factory=dict)  # of each module, by id
+    visited: int = 0  # members
 
     def convert(self, value: Any, name: str, depth: int) -> Any:
         """`value` as a node of the tree; `name` is its key."""
-        self.spend(depth)
+        if depth > MAX_DEPTH:
+            raise UnsafeCheckpoint("its pickle is nested too deeply", file=self.file.path)
         if isinstance(value, View):
             return value.open(name, self.find(value.storage, name))
         if isinstance(value, Storage):
@@ -69,13 +70,13 @@ class _Builder:
         if isinstance(value, Opaque):
             if value.items is not None:
                 return self.mapping(value.items.items(), depth)
-            if _members(value) is not None:
-                return self.mapping(self.flatten(value, "", depth), depth)
+            if (members := self.members_of(value)) is not None:
+                return self.mapping(self.flatten(members, "", depth), depth)
             value.why = value.why or why_no_tensor(value.symbol)
             return value
         items = [self.convert(item, str(index), depth + 1) for index, item in enumerate(value)]
-        holds_nodes = any(isinstance(item, dict | LazyTensor | Opaque) for item in items)
-        return {str(index): item for index, item in enumerate(items)} if holds_nodes else items
+        is_plain = not any(isinstance(item, dict | LazyTensor) or getattr(item, "why", None) for item in items)
+        return items if is_plain else {str(index): item for index, item in enumerate(items)}
 
     def mapping(self, items: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
         node: dict[str, Any] = {}
@@ -87,28 +88,35 @@ class _Builder:
             node[name] = converted
         return node
 
-    def flatten(self, module: Opaque, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
-        """The state dict of a module that was pickled whole, not converted yet."""
-        if len(prefix) > MAX_NAME:
-            raise UnsafeCheckpoint("its modules have names without end", file=self.file.path)
-        for key, value in _members(module) or ():
-            self.spend(depth)
-            if isinstance(value, Opaque) and _members(value) is not None:
-                yield from self.flatten(value, f"{prefix}{key}.", depth + 1)
-            else:
+    def members_of(self, value: Any) -> Members | None:
+        """The parameters, buffers and submodules of a module that was pickled whole; None if it is no module."""
+        if id(value) not in self.members:
+            self.members[id(value)] = _members(value) if isinstance(value, Opaque) else None
+        return self.members[id(value)]
+
+    def flatten(self, members: Members, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+        """The state dict of a module that was pickled whole, not converted yet; a shared submodule comes twice."""
+        self.visited += 1 + len(members)
+        if depth > MAX_DEPTH or self.visited > MAX_MEMBERS or len(prefix) > MAX_NAME:
+            raise UnsafeCheckpoint("its modules are nested too deeply", file=self.file.path)
+        for key, value in members:
+            if (below := self.members_of(value)) is None:
                 yield f"{prefix}{key}", value
+            else:
+                yield from self.flatten(below, f"{prefix}{key}.", depth + 1)
 
 
-def _members(module: Opaque) -> list[tuple[Any, Any]] | None:
-    """The parameters, buffers and submodules of a module that was pickled whole; None if it is no module."""
+def _members(module: Opaque) -> Members | None:
     state = module.state
     if not isinstance(state, dict):
         return None
-    if module.symbol.module.split(".")[0] == "__torch__":  # TorchScript: attributes lie side by side
-        return [(key, value) for key, value in state.items() if isinstance(value, View | Opaque)]
-    groups = [state.get(group) for group in ("_parameters", "_buffers", "_modules")]
-    members = [item for group in groups if isinstance(group, dict) for item in group.items()]
-    transient = state.get("_non_persistent_buffers_set") or ()
-    if not all(isinstance(group, dict) for group in groups) or not isinstance(transient, list | tuple):
+    if module.symbol.module.split(".")[0] == "__torch__":  # TorchScript: tensors and modules among lists and numbers
+        members = [(key, value) for key, value in state.items() if isinstance(value, View | Opaque)]
+        return [item for item in members if not (isinstance(item[1], Opaque) and item[1].symbol.module == SCRIPT_LISTS)]
+    groups = [group for name in GROUPS if isinstance(group := state.get(name), dict)]
+    if len(groups) < len(GROUPS):
         return None
+    names = state.get("_non_persistent_buffers_set")
+    transient = {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+    members = [item for group in groups for item in group.items()]
     return [(key, value) for key, value in members if value is not None and key not in transient]

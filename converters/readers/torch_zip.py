@@ -83,7 +83,7 @@ class _Archive:
         members = {info.orig_filename: info for info in infos}
         bounds = [*sorted(info.header_offset for info in infos), end]
         if bounds[0] != 0:
-            raise UnsafeCheckpoint("bytes precede its first zip member", file=path, cure=AGAIN)
+            raise UnsafeCheckpoint("its zip members do not begin where the file does", file=path, cure=AGAIN)
         if len(members) != len(infos):
             raise UnsafeCheckpoint("two of its zip members have one name", file=path, cure=AGAIN)
         for name in members:

@@ -24,13 +24,11 @@ __all__ = ["Unwrapped", "unwrap"]
 
 RAW = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
 AVERAGED = ("state_dict_ema", "model_state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "params_ema")
-ASIDE = {  # first letters of a word in a name: what such a thing is
-    "optim": "optimizer state",
-    "sched": "scheduler state",
-    "scaler": "loss scaler state",
-    "amp": "loss scaler state",
+ASIDE = {  # a word in a name: what such a thing is, whatever it holds
+    **dict.fromkeys(("optim", "optimizer", "optimizers"), "optimizer state"),
+    **dict.fromkeys(("sched", "scheduler", "schedulers"), "scheduler state"),
+    **dict.fromkeys(("amp", "scaler"), "loss scaler state"),
     "rng": "random generator state",
-    "random": "random generator state",
 }
 PREFIX = "module."  # DataParallel, DistributedDataParallel, AveragedModel
 SEGMENT = "_orig_mod"  # torch.compile, around whichever submodule it was given
@@ -78,20 +76,23 @@ class _Unwrapper:
         self.known: dict[int, bool] = {}  # by id of a dict: whether it holds tensors
         self.plain = Plain()
 
-    def open(self, node: dict[str, Any], depth: int = 0) -> Unwrapped:
+    def open(self, node: dict[str, Any], depth: int) -> Unwrapped:
+        """The state dict that `node` is, or the one that it holds."""
         if depth > MAX_DEPTH:
             raise UnsafeCheckpoint(f"wraps its state dict more than {MAX_DEPTH} times", file=self.path)
         if {"state", "param_groups"} <= node.keys():
-            raise CheckpointError("holds optimizer state, no weights", file=self.path)
+            raise CheckpointError("holds no weights, only optimizer state", file=self.path)
         nested = [name for name, value in node.items() if self.holds(value) and not _aside(name)]
         raw, averaged = ([name for name in names if name in nested] for names in (RAW, AVERAGED))
+        loose = False
         if not raw and not averaged:
-            if any(_is_tensor(value) and not _aside(name) for name, value in node.items()) or not nested:
+            loose = any(_is_tensor(value) and not _aside(name) for name, value in node.items())
+            raw = [name for name in nested if not (loose and "." in name)]  # a dotted name is a module's
+            if not raw:
                 return self.state_dict(node)
-            raw = nested
-        if len(raw) > 1 or len(averaged) > 1:
-            names = [printable(name) for name in sorted({*raw, *averaged})[:10]]
-            problem = f"holds several state dicts: {', '.join(names)}"
+        if len(raw) > 1 or len(averaged) > 1 or loose:
+            names = [printable(name, 40) for name in [*raw, *averaged][:10]]
+            problem = f"holds several state dicts: {', '.join(names)}{' and loose tensors' * loose}"
             raise CheckpointError(problem, file=self.path, cure=f"choose one, as in --key {names[0]}")
         if not (raw and averaged):
             name = [*raw, *averaged][0]
@@ -113,7 +114,7 @@ class _Unwrapper:
         if self.ema is None:
             fallback = self.open(node[raw], depth + 1)
             if missing := fallback.tensors.keys() - found.tensors.keys():
-                found, taken, left, note = fallback, raw, averaged, f" that lack {len(missing)} tensors"
+                found, taken, left, note = fallback, raw, averaged, f" without {len(missing)} of the tensors"
         kind = "raw" if left == raw else "averaged"
         return self.wrap(node, taken, found, {left: f"{kind} weights{note}"})
 
@@ -148,11 +149,12 @@ class _Unwrapper:
                 raise CheckpointError("is an adapter's, not a model's", file=self.path, tensor=name, cure=cure)
             is_setting = name.split(".")[-1] in SETTINGS
             if isinstance(value, Opaque) and not is_setting and (holds_tensors or value.why):
-                raise UnsafeCheckpoint(value.why or f"is no tensor but a {value.symbol}", file=self.path, tensor=name)
+                problem = value.why or f"is no tensor but a {value.symbol}"
+                raise CheckpointError(problem, file=self.path, tensor=name)
         if not holds_tensors:
-            names = ", ".join(printable(name, 40) for name in list(node)[:10]) or "nothing"
-            kind = "optimizer state, no weights" if any(map(_aside, node)) else f"no tensors, only {names}"
-            raise CheckpointError(f"holds {kind}", file=self.path)
+            names = ", ".join(printable(name, 40) for name in list(node)[:10])
+            kind = "optimizer state" if any(map(_aside, node)) else names or "nothing"
+            raise CheckpointError(f"holds no weights, only {kind}", file=self.path)
 
     def sort_out(self, entries: dict[str, Any], reasons: Reasons = NO_REASONS) -> tuple[dict[str, str], dict[str, Any]]:
         """Entries that lie beside what is taken: those with tensors and why they are left, and the rest's values."""
@@ -228,5 +230,4 @@ def _aside(name: str) -> str | None:
     >>> _aside("optimizer_states"), _aside("backbone")
     ('optimizer state', None)
     """
-    words = re.split(r"[_.\W]", name.lower())
-    return next((kind for start, kind in ASIDE.items() if any(word.startswith(start) for word in words)), None)
+    return next((ASIDE[word] for word in re.split(r"[_.\W]", name.lower()) if word in ASIDE), None)

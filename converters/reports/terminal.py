@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ __all__ = [
     "status",
 ]
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _MOST_ROWS = 60
 
 
@@ -78,7 +79,7 @@ def show_inspection(inspection: Inspection) -> None:
         _say("target", _target(plan))
         _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
         _caveats(plan)
-    _say("set aside", _reasons(checkpoint.set_aside))
+    _say("set aside", "; ".join(f"{name} ({reason})" for name, reason in checkpoint.set_aside.items()))
     _say("metadata", ", ".join(_brief(key, value) for key, value in checkpoint.metadata.items()))
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("tensor", "count", "shape", "dtype"):
@@ -113,7 +114,7 @@ def show_conversion(conversion: Conversion) -> None:
     _say("ops", "; ".join(f"{text} ({count}x)" for text, count in moved.most_common()))
     _say("filled", ", ".join(f"{text} = {value}" for text, value in _fills(plan)))
     _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
-    _say("set aside", _reasons(checkpoint.set_aside))
+    _say("set aside", "; ".join(f"{name} ({reason})" for name, reason in checkpoint.set_aside.items()))
     _caveats(plan)
     if conversion.directory:
         _say("load with", f"timm.create_model('local-dir:{conversion.directory}', pretrained=True)")

@@ -11,20 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from converters.errors import CheckpointError, OutputError, ReferenceFailed, printable
-from converters.readers.files import SourceFile
-from converters.verifier.block import Block
+from converters.readers import open_checkpoint
 from converters.verifier.compare import Verdict, compare
 from converters.verifier.probes import probes
-from converters.verifier.recording import Recording, read_recording
+from converters.verifier.recording import read_recording
 from converters.verifier.subject import Subject, read_subject
 from converters.verifier.target import run_target
 from converters.verifier.worker import run_reference
 
 __all__ = ["Verdict", "verify"]
 
-MMLAB = ("mmdet", "mmpretrain", "mmseg")  # the runners that take a config file
+WITH_CONFIG = ("mmdet", "mmpretrain", "mmseg")  # the runners that take a config file
 
 
 def verify(
@@ -50,60 +50,43 @@ def verify(
     tell = progress or (lambda step: None)
     tell("checking the source")
     subject = read_subject(Path(directory))
-    _check_source(Path(source), subject)
+    checkpoint = open_checkpoint(source)
+    sha256 = checkpoint.sha256()
+    if sha256 != subject.sha256:
+        problem = f"is not what was converted: its sha256 is {sha256[:12]}..., not {printable(subject.sha256[:12])}..."
+        raise CheckpointError(problem, file=source, cure="give the original, or convert this one")
     tell("running the reference")
     if reference is not None and reference.endswith(".npz"):
-        recording, block = _recorded(Path(reference), subject)
+        recording = read_recording(reference)
     else:
-        job, block = _job(reference or "auto", subject)
-        inputs = probes(subject.input_size)
-        recording = run_reference({**job, "trust": trust}, source, inputs, python=python, timeout=timeout)
-    if recording.about["source"]["sha256"] != subject.sha256:
+        files = [os.path.abspath(file.path) for file in checkpoint.files]
+        job = {**_job(reference or "auto", subject), "trust": trust}
+        job["source"] = {"file": os.path.abspath(source), "files": files}
+        recording = run_reference(job, probes(subject.input_size), python=python, timeout=timeout)
+    if recording.about["source"]["sha256"] != sha256:
         raise ReferenceFailed("ran with another checkpoint than the one that was converted", file=reference or source)
     tell("running the target")
-    target = run_target(subject.directory, block.inputs(recording), list(block.outputs))
+    outputs = recording.output_names
+    target = run_target(subject.directory, recording.inputs, outputs)
     tell("comparing")
-    comparisons = compare(block.activations(recording), target, block.outputs, recording.labels)
+    comparisons = compare(recording.outputs, target, outputs, recording.labels)
     verdict = Verdict(comparisons, recording.about, subject.about())
     _write(subject.directory / "verification.json", verdict.to_json())
     return verdict
 
 
-def _check_source(source: Path, subject: Subject) -> None:
-    file = SourceFile(source)
-    sha256 = file.sha256()
-    file.close()
-    if sha256 != subject.sha256:
-        raise CheckpointError(
-            f"is not the file that was converted: its sha256 is {sha256[:12]}..., not {subject.sha256[:12]}...",
-            file=source,
-            cure="give the original, or convert this one",
-        )
-
-
-def _recorded(path: Path, subject: Subject) -> tuple[Recording, Block]:
-    """A recording, and the family's block if it was made by the block's runner; any other speaks timm's terms."""
-    recording = read_recording(path)
-    if subject.block is not None and subject.block.runner == recording.about.get("runner"):
-        return recording, subject.block
-    return recording, Block.of(recording)
-
-
-def _job(reference: str, subject: Subject) -> tuple[dict[str, object], Block]:
-    """What the worker is to build, and the block that reads its answers."""
+def _job(reference: str, subject: Subject) -> dict[str, Any]:
+    """What the worker is to build and to give."""
     runner, _, config = reference.partition(":")
-    if reference != "auto" and not (runner in MMLAB and config):
-        kinds = ["auto", *(f"{name}:CONFIG.py" for name in MMLAB), "RECORDING.npz"]
+    if reference != "auto" and not (runner in WITH_CONFIG and config):
+        kinds = ["auto", *(f"{name}:CONFIG.py" for name in WITH_CONFIG), "RECORDING.npz"]
         raise ReferenceFailed(f"{printable(reference)} is no reference", cure=f"give one of {', '.join(kinds)}")
-    if subject.block is None:
+    if subject.reference is None:
         problem = f"the family {printable(subject.family)} names no reference"
         raise ReferenceFailed(problem, file=subject.directory, cure="give a recording (.npz)")
-    model = {"config": os.path.abspath(config)} if config else {"model": dict(subject.block.model)}
-    return {
-        "runner": runner if config else subject.block.runner,
-        "outputs": subject.block.wanted,
-        **model,
-    }, subject.block
+    if not config:
+        return dict(subject.reference)
+    return {**subject.reference, "runner": runner, "model": None, "config": os.path.abspath(config)}
 
 
 def _write(path: Path, text: str) -> None:

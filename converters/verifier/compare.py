@@ -204,6 +204,7 @@ def _agreement(ref: np.ndarray, tgt: np.ndarray, labels: np.ndarray | None) -> d
     }
     if labels is not None and first.shape == labels.shape:
         found["accuracy"] = float((tgt.argmax(axis=-1) == labels).mean())
+        found["reference_accuracy"] = float((first == labels).mean())
     return found
 
 

@@ -1,14 +1,15 @@
 """Recordings: what a reference answered to the probes, in one npz file without pickles.
 
-    about                      JSON text: {"recording": 1, "runner", "model", "source": {"file", "sha256"},
-                               "framework": {name: version}, "notes": [line]}
-    input.PROBE                float32 NCHW
-    float64.PROBE.OUTPUT       what the reference computed, in either precision or in both
+    about                   JSON text: {"recording": 1, "source": {"file", "sha256"}, "runner", "model",
+                            "framework": {name: version}, "notes": [line], "ops": {OUTPUT: ops}, "input": ops}
+    input.PROBE             float32 NCHW
+    float64.PROBE.OUTPUT    what the reference computed, in either precision or in both
     float32.PROBE.OUTPUT
-    labels.PROBE               optional: the true class of each sample
+    labels.PROBE            the true class of each sample, where there is one
 
-The reference worker writes this form and so may anyone, where a framework runs only on some other machine. A
-probe's name has no dot; an output's may.
+Only `recording` and `source` of the text must be there. OUTPUT is timm's name (see target.py); `ops` lay an
+output out as timm's, and `input` makes timm's input of the reference's (`flip 1`). The reference worker writes
+this form and so may anyone, where a framework runs only on some other machine. A probe's name has no dot.
 """
 
 from __future__ import annotations
@@ -19,29 +20,37 @@ import math
 import os
 import zipfile
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converters.errors import ReferenceFailed, printable
+from converters.ops import OpError, Pipeline
 
 __all__ = ["PRECISIONS", "Activations", "Recording", "read_recording"]
 
 PRECISIONS = ("float64", "float32")
 LIMIT = 4 << 30  # bytes of all arrays together
+LONGEST = 4 << 20  # letters of `about`
 
 Activations = dict[str, dict[str, dict[str, np.ndarray]]]  # precision -> probe -> output -> array
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Probes and a reference's answers to them."""
+    """Probes and a reference's answers to them, both as timm lays them out."""
 
     about: dict[str, Any]
     inputs: dict[str, np.ndarray]
     outputs: Activations
     labels: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def output_names(self) -> list[str]:
+        answers = [answer for probes in self.outputs.values() for answer in probes.values()]
+        return list(dict.fromkeys(name for answer in answers for name in answer))
 
 
 def read_recording(path: str | os.PathLike[str]) -> Recording:
@@ -71,7 +80,7 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
             found = f"{array.dtype}, {array.ndim} axes"
             raise ReferenceFailed(f"has no place in a recording ({found})", file=path, tensor=name)
     _check(recording, path)
-    return recording
+    return _as_timm(recording, path)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -106,12 +115,18 @@ def _array(raw: bytes, name: str, path: Path) -> np.ndarray:
 def _about(array: np.ndarray | None, path: Path) -> dict[str, Any]:
     if array is None or array.dtype.kind != "U" or array.ndim:
         raise ReferenceFailed("is not a recording: it has no `about`", file=path)
+    text = str(array)
+    nesting = accumulate((letter in "[{") - (letter in "]}") for letter in text[:LONGEST])
+    if len(text) > LONGEST or max(nesting, default=0) > 50:
+        raise ReferenceFailed("its `about` is too long or nested too deeply", file=path)
     try:
-        about = json.loads(str(array))
-    except (ValueError, RecursionError) as error:
+        about = json.loads(text)
+    except ValueError as error:
         raise ReferenceFailed("its `about` is not JSON", file=path) from error
     if not isinstance(about, dict) or about.get("recording") != 1:
         raise ReferenceFailed("is not a recording of version 1", file=path)
+    if not isinstance(about.get("notes", []), list) or not isinstance(about.get("ops", {}), dict):
+        raise ReferenceFailed("its `about` has notes that are no list or ops that are no table", file=path)
     source = about.get("source")
     if not isinstance(source, dict) or not isinstance(source.get("sha256"), str):
         raise ReferenceFailed("does not say which checkpoint it is of: its `about` has no source.sha256", file=path)
@@ -119,7 +134,7 @@ def _about(array: np.ndarray | None, path: Path) -> dict[str, Any]:
 
 
 def _check(recording: Recording, path: Path) -> None:
-    """Every probe was answered, in the same precisions and outputs as every other."""
+    """Every probe has an answer and every answer its probe; labels are one for each sample."""
     if not recording.inputs:
         raise ReferenceFailed("holds no probe", file=path)
     for probe, labels in recording.labels.items():
@@ -129,3 +144,29 @@ def _check(recording: Recording, path: Path) -> None:
     for probe in sorted(answered ^ recording.inputs.keys()):
         problem = "a probe without an output" if probe in recording.inputs else "outputs without their probe"
         raise ReferenceFailed(problem, file=path, tensor=probe)
+
+
+def _as_timm(recording: Recording, path: Path) -> Recording:
+    """The recording with its ops applied."""
+    ops = recording.about.get("ops", {})
+    inputs = {probe: _apply(recording.about.get("input"), array, path) for probe, array in recording.inputs.items()}
+    outputs = {
+        precision: {
+            probe: {output: _apply(ops.get(output), array, path) for output, array in answers.items()}
+            for probe, answers in probes.items()
+        }
+        for precision, probes in recording.outputs.items()
+    }
+    return Recording(recording.about, inputs, outputs, recording.labels)
+
+
+def _apply(ops: object, array: np.ndarray, path: Path) -> np.ndarray:
+    if not ops:
+        return array
+    import torch
+
+    try:
+        (result,) = Pipeline.parse(str(ops)).run([torch.from_numpy(array.copy())])
+    except (OpError, ValueError) as error:
+        raise ReferenceFailed(f"its ops do not fit: {printable(str(error))}", file=path) from error
+    return result.contiguous().numpy()

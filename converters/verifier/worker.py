@@ -29,25 +29,22 @@ REFERENCES = Path(__file__).with_name("references")
 
 def run_reference(
     job: Mapping[str, Any],
-    source: str | os.PathLike[str],
     inputs: Mapping[str, np.ndarray],
     *,
     python: str | None = None,
     timeout: float = 900.0,
     memory: int | None = None,
 ) -> Recording:
-    """Run the source framework's model on `inputs`, with the weights of `source`.
+    """The answers of the source framework's model to `inputs`.
 
-    `job` holds `runner`, `model` (or `config`, a file), `outputs` (a list of the reference's names), and perhaps
-    `trust`. `python` is the interpreter that has the framework, this one by default; `timeout` is in seconds,
-    `memory` in bytes of address space. Raises ReferenceFailed.
+    `job` is described in references/__main__.py. `python` is the interpreter that has the framework, this one by
+    default; `timeout` is in seconds, `memory` in bytes of address space. Raises ReferenceFailed.
     """
     executable = _executable(python or sys.executable)
-    limits = {"seconds": timeout, "bytes": memory}
+    source, limits = job["source"]["file"], {"seconds": timeout, "bytes": memory}
     with tempfile.TemporaryDirectory(prefix="timmport-") as name:
         folder = Path(name)
-        request = {**job, "source": {"file": os.path.abspath(source)}, "limits": limits}
-        (folder / "job.json").write_text(json.dumps(request), encoding="utf-8")
+        (folder / "job.json").write_text(json.dumps({**job, "limits": limits}), encoding="utf-8")
         with (folder / "inputs.npz").open("wb") as file:
             np.savez(file, **inputs)  # type: ignore[arg-type]
         code = _run([executable, str(REFERENCES), str(folder)], folder, timeout)
@@ -64,7 +61,7 @@ def run_reference(
 def _executable(python: str) -> str:
     found = shutil.which(python)
     if found is None:
-        raise ReferenceFailed(f"{printable(python)} is no interpreter", cure="give --python the path of one")
+        raise ReferenceFailed("is no interpreter", file=python, cure="give --python the path of one")
     return os.path.abspath(found)
 
 
@@ -76,7 +73,8 @@ def _run(command: list[str], folder: Path, timeout: float) -> int | None:
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         except OSError as error:
-            raise ReferenceFailed(f"{command[0]} does not start: {(error.strerror or str(error)).lower()}") from error
+            problem = f"does not start: {(error.strerror or str(error)).lower()}"
+            raise ReferenceFailed(problem, file=command[0]) from error
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import runpy
 import struct
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
+from converters.errors import CheckpointError
 from converters.readers import tensorflow
 from converters.tensors import LazyTensor
 
@@ -171,11 +172,11 @@ GRAPHS: dict[str, tuple[tuple[Rows, bytes], str]] = {
     "a name in another alphabet": (graph(variable(b"\xff", b"w")), "field 2 is not UTF-8"),
     "two tensors of one name": (
         graph(
+            variable(b"b", b"v/.ATTRIBUTES/VARIABLE_VALUE"),
             variable(b"b/.OPTIMIZER_SLOT/m", b"a"),
-            a=entry(SIX[:4]),
-            **{"b/.OPTIMIZER_SLOT/m": entry(SIX[4:8], offset=4)},
+            **dict.fromkeys(("a", "v/.ATTRIBUTES/VARIABLE_VALUE", "v/.OPTIMIZER_SLOT/m"), entry(b"", (0,))),
         ),
-        "is the name of two tensors",
+        "b/.OPTIMIZER_SLOT/m: is the name of two tensors",
     ),
     "numbers": ((whole(**{GRAPH.decode(): entry(SIX[:4])}), SIX), "is not one string"),
     "several": ((whole(**{GRAPH.decode(): string(b"", shape=(1,))[0]}), SIX), "is not one string"),
@@ -220,10 +221,19 @@ def test_a_table_by_itself_is_refused_by_what_it_is(tmp_path: Path) -> None:
     assert "TensorFlow's first format" in str(refusal(tmp_path / "model.ckpt"))
 
 
-BUDGET = """
+FILLED = (1 << 18) - 20  # fields of a message: just not too many
+BOMBS: dict[str, tuple[Rows, bytes, str]] = {
+    "dimensions": (whole(w=message((1, 1), (2, b"\x12\x00" * FILLED))), b"", "of rank 262124"),
+    "slices": (whole(**{f"w{n}": entry(b"", (1,)) + b"\x3a\x00" * FILLED for n in range(3)}), b"", "0 axes, not 1"),
+    "entries": (whole(**{f"w{n}": b"" for n in range((1 << 17) + 1)}), b"", "lists more than 131072 tensors"),
+    "nodes": (*graph(*[b""] * FILLED), "0 tensors"),
+    "a node's children": (*graph(*[b"\x0a\x00" * FILLED] * 3), "0 tensors"),
+    "a large graph": (*graph(bytes(5 << 20)), "is beyond reason"),
+}
+READ = """
 import resource, sys
 from pathlib import Path
-resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 from converters.errors import CheckpointError
 from converters.readers import tensorflow
 try:
@@ -231,11 +241,24 @@ try:
 except CheckpointError as error:
     print(error)
 """
-MANY = 1 << 20
-BOMBS: dict[str, tuple[Rows, bytes, str]] = {
-    "dimensions": (
-        whole(**{f"w{n}": entry(b"", [1]) + b"\x12\x00" * MANY for n in range(7)}),
-        b"",
-        "w0: a message has more",
-    ),
-}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_costs_little_memory(name: str, tmp_path: Path) -> None:
+    rows, data, words = BOMBS[name]
+    prefix = write.bundle(tmp_path / "m", rows, data)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, prefix],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(tensorflow.__file__).parents[2],
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert (words in done.stdout, done.stderr) == (True, "")
+
+
+def test_an_index_that_claims_terabytes_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "m.index", "wb") as file:
+        file.truncate(1 << 42)
+    assert "is beyond reason" in str(refusal(tmp_path / "m"))

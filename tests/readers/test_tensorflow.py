@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from converters.errors import CheckpointError, UnsafeCheckpoint
-from converters.readers import tensorflow
+from converters.errors import CheckpointError, UnknownFormat, UnsafeCheckpoint
+from converters.readers import open_checkpoint, tensorflow
 from converters.tensors import LazyTensor
 
 GENERATOR = Path(__file__).with_name("tensorflow_forms.py")
@@ -26,7 +26,7 @@ FORMS = [
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("forms")
-    subprocess.run([sys.executable, GENERATOR, folder], check=True, stderr=subprocess.PIPE, timeout=300)
+    subprocess.run([sys.executable, GENERATOR, folder], check=True, timeout=300)
     return folder
 
 
@@ -65,12 +65,29 @@ def test_a_checkpoint_goes_by_several_paths(name: str, forms: Path, expected: di
     assert tensors(path) == expected["module"]
 
 
-@pytest.mark.parametrize("name", ["x.npz", "model.index", "m.data-00000-of-00001", "folder", "absent"])
+def test_a_prefix_opens_as_a_state_dict(forms: Path) -> None:
+    checkpoint = open_checkpoint(forms / "saver" / "model.ckpt-7")
+    assert checkpoint.format == "TensorFlow checkpoint"
+    assert set(checkpoint.tensors) == {"net-b0/stem/conv2d/kernel", "net-b0/stem/tpu_batch_normalization/gamma"}
+
+
+def test_a_folder_without_a_checkpoint_is_called_that(tmp_path: Path) -> None:
+    with pytest.raises(UnknownFormat, match="is a folder without a checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "model.index", "folder", "absent"])
 def test_other_files_are_not_accepted(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for other in ("x.npz", "model.index", "m.data-00000-of-00001"):
+    for other in ("x.npz", "model.index"):
         (tmp_path / other).write_bytes(b"PK\3\4" * 20)
     assert not tensorflow.accepts(tmp_path / name, b"PK\3\4" * 20)
+
+
+def test_data_without_an_index_say_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "m.data-00000-of-00001").write_bytes(bytes(64))
+    with pytest.raises(CheckpointError, match=r"m\.index: does not exist"):
+        open_checkpoint(tmp_path / "m.data-00000-of-00001")
 
 
 def test_what_holds_no_numbers_is_text_or_a_sentence(forms: Path) -> None:
@@ -106,11 +123,12 @@ STATES = {
     "../elsewhere/ckpt": (UnsafeCheckpoint, "lies outside its folder"),
     "/elsewhere/ckpt": (UnsafeCheckpoint, "lies outside its folder"),
     "link/ckpt": (UnsafeCheckpoint, "lies outside its folder"),
-    "ckpt-9": (CheckpointError, "is not there"),
+    "ckpt-9": (CheckpointError, "of which there is no index"),
+    "": (UnsafeCheckpoint, "lies outside its folder"),
     "a\\000b": (UnsafeCheckpoint, "lies outside its folder"),
     "\\377": (CheckpointError, "not UTF-8"),
     "\\x1b[31m": (CheckpointError, r"\\x1b"),
-    "x" * 5000: (CheckpointError, "is not there"),
+    "x" * 5000: (CheckpointError, "of which there is no index"),
 }
 
 

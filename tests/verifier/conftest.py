@@ -18,10 +18,9 @@ import pytest
 from converters.verifier.probes import probes
 from converters.verifier.worker import REFERENCES
 
-BACKBONE = {"type": "ResNet", "depth": 18}
 CLASSIFIER = {
     "type": "ImageClassifier",
-    "backbone": BACKBONE,
+    "backbone": {"type": "ResNet", "depth": 18},
     "neck": {"type": "GlobalAveragePooling"},
     "head": {"type": "LinearClsHead", "num_classes": 10, "in_channels": 512},
 }
@@ -41,7 +40,12 @@ def write_checkpoint() -> Callable[..., Path]:
     return module.write_checkpoint
 
 
-def emit(folder: Path, source: Path, reference: dict | None, num_classes: int = 10) -> Path:
+@pytest.fixture(scope="session")
+def emit() -> Callable[..., Path]:
+    return write_folder
+
+
+def write_folder(folder: Path, source: Path, reference: dict | None, num_classes: int = 10) -> Path:
     """What the converter would write for a ResNet-18, whose tensors keep their names but for the classifier's."""
     import timm
     import torch
@@ -51,7 +55,9 @@ def emit(folder: Path, source: Path, reference: dict | None, num_classes: int = 
     names = {name: name.removeprefix("backbone.").removeprefix("head.") for name in state}
     wanted = timm.create_model("resnet18", num_classes=num_classes).state_dict()
     folder.mkdir()
-    save_file({names[n]: v for n, v in state.items() if names[n] in wanted}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {names[n]: v for n, v in state.items() if names[n] in wanted}, folder / "model.safetensors", {"format": "pt"}
+    )
     cfg = {"input_size": [3, 64, 64], "num_classes": num_classes, "first_conv": "conv1", "classifier": "fc"}
     config = {"architecture": "resnet18", "num_classes": num_classes, "pretrained_cfg": cfg}
     (folder / "config.json").write_text(json.dumps({**config, "model_args": {"num_classes": num_classes}}))
@@ -63,6 +69,7 @@ def emit(folder: Path, source: Path, reference: dict | None, num_classes: int = 
 
 @dataclass(frozen=True)
 class Converted:
+    model: dict
     source: Path
     folder: Path
     recording: Path
@@ -75,16 +82,14 @@ def converted(tmp_path_factory, write_checkpoint) -> Converted:
     source = write_checkpoint({"framework": "mmpretrain", "model": CLASSIFIER}, work / "resnet18.pth")
     job = work / "job"
     job.mkdir()
-    outputs = list(dict.fromkeys(BLOCK["outputs"].values()))
-    request = {"runner": "mmpretrain", "model": CLASSIFIER, "outputs": outputs, "source": {"file": str(source)}}
-    (job / "job.json").write_text(json.dumps(request))
+    (job / "job.json").write_text(json.dumps({**BLOCK, "source": {"file": str(source)}}))
     np.savez(job / "inputs.npz", **probes((3, 64, 64)))
     shutil.copytree(REFERENCES, work / "worker")
     subprocess.run([sys.executable, "-P", work / "worker", job], cwd=work, check=True, capture_output=True)
-    return Converted(source, emit(work / "folder", source, BLOCK), job / "recording.npz")
+    return Converted(CLASSIFIER, source, write_folder(work / "folder", source, BLOCK), job / "recording.npz")
 
 
 @pytest.fixture
 def folder(converted, tmp_path) -> Path:
     """A copy of the emitted folder to spoil."""
-    return shutil.copytree(converted.folder, tmp_path / "folder")
+    return shutil.copytree(converted.folder, tmp_path / "folder", ignore=shutil.ignore_patterns("verification.json"))

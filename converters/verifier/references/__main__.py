@@ -4,7 +4,8 @@
 
 `JOB` is a folder that holds
 
-    job.json       {"runner", "model" or "config", "outputs", "source": {"file"}, "trust", "limits"}
+    job.json       {"runner", "model" or "config", "outputs": {name: "the runner's name | ops"}, "input": "ops",
+                    "source": {"file", "files"}, "trust", "limits": {"seconds", "bytes", "threads"}}
     inputs.npz     one float32 NCHW array for each probe
 
 and receives
@@ -12,14 +13,15 @@ and receives
     recording.npz  the probes and the model's outputs, as converters/verifier/recording.py reads them
     result.json    what the recording says about itself, or {"error": one line, "kind": exception}
 
-Exit code 0 is a recording, 1 an error. This folder stands alone: on another machine it needs Python 3.7,
-numpy and the framework, and nothing of `converters`. It opens no connection, and only the framework's own
-loader, in its safe mode, reads the checkpoint.
+Exit code 0 is a recording, 1 an error. The ops are for whoever reads the recording; `files` lists a checkpoint
+that is more than one file. This folder stands alone: on another machine it needs Python 3.7, numpy and the
+framework, and nothing of `converters`. It opens no connection, and only the framework's own loader, in its safe
+mode, reads the checkpoint.
 
 A runner is a module beside this one, named in `RUNNERS`, with one function:
 
-    build(job, precision) -> run, facts
-    run(x)                -> {output name: array}; x is NCHW and of that precision
+    build(job, precision) -> run, facts      job["outputs"] is a list of the runner's names
+    run(x) -> {name: array}                  x is NCHW and of that precision
 
 `facts` joins the result. An exception is the answer that it cannot be done; its text becomes the error. Never
 name a runner as its framework: this folder comes first on the import path and would hide it.
@@ -31,6 +33,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = ["RUNNERS", "main"]
@@ -100,7 +103,7 @@ def _record(job: dict[str, Any], folder: str) -> dict[str, Any]:
     if job["runner"] not in RUNNERS:
         raise ValueError(f"no runner is called {job['runner']!r}; there are {', '.join(RUNNERS)}")
     runner = importlib.import_module(RUNNERS[job["runner"]])
-    source = job["source"]["file"]
+    names = {name: text.partition("|")[0].strip() for name, text in job["outputs"].items()}
     with np.load(os.path.join(folder, "inputs.npz"), allow_pickle=False) as archive:
         probes = {name: archive[name] for name in archive.files}
     arrays = {f"input.{name}": probe for name, probe in probes.items()}
@@ -108,15 +111,21 @@ def _record(job: dict[str, Any], folder: str) -> dict[str, Any]:
         "recording": 1,
         "runner": job["runner"],
         "model": job.get("model") or job["config"],
-        "source": {"file": os.path.basename(source), "sha256": _sha256(source)},
+        "ops": {name: text.partition("|")[2].strip() for name, text in job["outputs"].items() if "|" in text},
+        "input": job.get("input", ""),
+        "source": {
+            "file": os.path.basename(job["source"]["file"]),
+            "sha256": _sha256(job["source"].get("files") or [job["source"]["file"]]),
+        },
         "notes": [],
     }
     for precision in PRECISIONS:
         try:
-            run, facts = runner.build(job, precision)
-            for name, probe in probes.items():
-                outputs = _wanted(run(probe.astype(precision)), job["outputs"], precision)
-                arrays.update({f"{precision}.{name}.{output}": array for output, array in outputs.items()})
+            run, facts = runner.build({**job, "outputs": sorted(set(names.values()))}, precision)
+            for probe, array in probes.items():
+                found = run(array.astype(precision))
+                _check(found, names.values(), precision)
+                arrays.update({f"{precision}.{probe}.{name}": found[own] for name, own in names.items()})
         except Exception as error:
             if precision == PRECISIONS[-1]:
                 raise
@@ -131,30 +140,35 @@ def _record(job: dict[str, Any], folder: str) -> dict[str, Any]:
     return about
 
 
-def _wanted(found: dict[str, Any], names: list[str], precision: str) -> dict[str, Any]:
+def _check(found: Mapping[str, Any], names: Iterable[str], precision: str) -> None:
     for name in names:
         if name not in found:
             raise ValueError(f"the model has no output {name!r}; it has {', '.join(sorted(found))}")
         if found[name].dtype != precision:
             raise TypeError(f"its output {name!r} is {found[name].dtype}")
-    return {name: found[name] for name in names}
 
 
-def _sha256(path: str) -> str:
+def _sha256(paths: list[str]) -> str:
+    """The content's SHA-256; of several files, that of the lines `<sha256>  <name>` in order of names."""
     import hashlib
 
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(8 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
+    digests = {}
+    for path in paths:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            for piece in iter(lambda: file.read(8 << 20), b""):
+                digest.update(piece)
+        digests[os.path.basename(path)] = digest.hexdigest()
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def _line(error: BaseException) -> str:
     """An exception in one line."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"{sys.executable} has no module {error.name!r}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'it says nothing'}"[:500]
 
 
 if __name__ == "__main__":

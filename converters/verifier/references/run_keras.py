@@ -1,8 +1,8 @@
 """Reference runner for Keras applications.
 
-`model` is {"application": "MobileNetV2", "args": {...}, "input": layer}: a constructor of keras.applications and
-its arguments. The model is built from that code and filled by its own `load_weights`, which reads no config.
-It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
+`model` is {"application": NAME, "args": {...}, "input": LAYER}: a constructor of keras.applications and its
+arguments. The model is built from that code and filled by its own `load_weights`, which reads no config. It runs
+in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
 
 The probe goes in as NHWC; `input`, if given, is the layer whose output it takes the place of (the last one of
 the preprocessing that some models hold). Outputs come as Keras lays them out: "0" is the model's own, any
@@ -39,7 +39,8 @@ def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
 
 def build_model(config: Mapping[str, Any], precision: str) -> Any:
     """The application as its constructor leaves it."""
-    os.environ.setdefault("KERAS_BACKEND", _backend())
+    if "KERAS_BACKEND" not in os.environ:
+        os.environ["KERAS_BACKEND"] = _backend()
     import keras
 
     if precision == "float64" and keras.backend.backend() != "tensorflow":
@@ -51,6 +52,7 @@ def build_model(config: Mapping[str, Any], precision: str) -> Any:
 
 
 def _backend() -> str:
+    """TensorFlow where it can be imported. To look is to import, and torch cannot always come after it."""
     try:
         import tensorflow  # noqa: F401
     except ImportError:

@@ -46,19 +46,15 @@ def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
     model = build_model(job["runner"], job.get("model") or _config(job["config"]))
     model.to(getattr(torch, precision)).eval()
     facts = _fill(model, _state_dict(job["source"]["file"], trust=job.get("trust", False)))
-    backbone = getattr(model, "backbone", None)
+    backbone: Any = getattr(model, "backbone", None)
+    mode = {"mode": "tensor"} if backbone is not None else {}
+    inside: dict[str, np.ndarray] = {}
+    if backbone is not None:
+        backbone.register_forward_hook(lambda _module, _inputs, given: inside.update(_flat(given, "backbone.")))
 
     def run(x: np.ndarray) -> dict[str, np.ndarray]:
-        outputs: dict[str, np.ndarray] = {}
         with torch.no_grad():
-            if backbone is None:
-                return _flat(model(torch.from_numpy(x)))
-            hook = backbone.register_forward_hook(
-                lambda _module, _inputs, given: outputs.update(_flat(given, "backbone."))
-            )
-            outputs.update(_flat(model(torch.from_numpy(x), mode="tensor")))
-            hook.remove()
-        return outputs
+            return {**_flat(model(torch.from_numpy(x), **mode)), **inside}
 
     return run, facts
 
@@ -129,8 +125,9 @@ def _state_dict(path: str, trust: bool) -> dict[str, torch.Tensor]:
     """The checkpoint's state dict, found as mmengine finds it, without `module.`."""
     parts = [name.rpartition(".") for name in INERT]
     stubs: list[Any] = [type(member, (_Inert,), {"__module__": module}) for module, _, member in parts]
+    allow = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)  # torch has it from 2.5 on
     try:
-        with torch.serialization.safe_globals(stubs):
+        with allow(stubs):
             checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))

@@ -1,0 +1,107 @@
+"""The schema of mapping files: which keys there are, and what may stand under them.
+
+The command `timmport families --schema` prints it as JSON for editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from converters.strict_yaml import Lines
+
+__all__ = ["Evidence", "MappingFile", "ReferenceFile", "Refusal", "RowFile", "When", "validate"]
+
+_SOME = Field(min_length=1)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class When(_Strict):
+    """The guard of a row: all that it names must be there."""
+
+    source: str | None = None  # a module or tensor of the checkpoint
+    target: str | None = None  # a module or tensor of the timm model
+
+
+class RowFile(_Strict):
+    to: str
+    when: When = When()
+
+
+class Evidence(_Strict):
+    """What a checkpoint shows of its origin: all that it names must be there."""
+
+    source: str | None = None  # a module or tensor
+    metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
+
+
+class ReferenceFile(_Strict):
+    """How to build the source framework's own model.
+
+    `$name` stands for a value of the target's row, or for `$num_classes`, `$num_features`, `$in_chans` or
+    `$img_size`; an entry whose `$name` has no value is left out.
+    """
+
+    runner: str
+    model: dict[str, Any]
+    outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
+    when: Evidence = Evidence()
+    target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
+
+
+class Refusal(_Strict):
+    """Sources that look like the family and compute another function."""
+
+    reason: str
+    when: Evidence
+    unless: Evidence | None = None  # what proves that it is not so; without that proof the report carries the reason
+
+
+class MappingFile(_Strict):
+    """The schema of a mapping file."""
+
+    targets: Annotated[dict[str, dict[str, Any] | None], _SOME] | Literal["any"]
+    detect: Annotated[list[str | Annotated[list[str], _SOME]], _SOME]  # all must be there; of an inner list, one
+    leaves: str
+    rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]]
+    target_args: dict[str, Any] = {}
+    strip: str | list[str] = []
+    ops: dict[str, str] = {}
+    drop: dict[str, Annotated[str, _SOME]] = {}
+    fill: dict[str, int | float] = {}
+    enumerate: dict[str, str] = {}
+    tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
+    preprocess: dict[str, Any] = {}
+    reference: ReferenceFile | list[ReferenceFile] = []
+    refuse: list[Refusal] = []
+
+
+def validate(data: Any, lines: Lines) -> MappingFile:
+    """A mapping file's plain data, checked. Raises MappingError for the fault that says most."""
+    try:
+        return MappingFile.model_validate(data)
+    except ValidationError as error:
+        faults = [(_place(fault["loc"], data), fault) for fault in error.errors()]
+        # the deepest, and there not that another member of a union wants another type
+        place, fault = max(faults, key=lambda one: (len(one[0]), not one[1]["type"].endswith("_type")))
+    what = ".".join(map(str, place)) or "the file"
+    if fault["type"] == "missing":
+        raise lines.error(f"`{what}` lacks `{fault['loc'][-1]}`", *place)
+    if fault["type"] == "extra_forbidden":
+        cure = f"there are {', '.join(MappingFile.model_fields)}" if len(place) == 1 else None
+        raise lines.error(f"`{what}` is no key of the mapping language", *place, cure=cure)
+    raise lines.error(f"`{what}`: {fault['msg'][0].lower()}{fault['msg'][1:]}", *place)
+
+
+def _place(loc: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
+    """The parts of a pydantic location that are keys and indices of the data; the others name types."""
+    place: list[int | str] = []
+    for part in loc:
+        if part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int):
+            data = data[part]
+            place.append(part)
+    return tuple(place)

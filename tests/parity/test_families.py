@@ -1,0 +1,202 @@
+"""Every family, end to end: the source framework's own model and saver, the command, the framework's own forward."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from random_checkpoints import write_checkpoint
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from converters.cli import app
+from converters.verifier import verify
+
+SWIN = {"embed_dims": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
+
+
+def classifier(backbone: dict[str, Any], features: int) -> dict[str, Any]:
+    head = {"type": "LinearClsHead", "num_classes": 10, "in_channels": features}
+    return {"type": "ImageClassifier", "backbone": backbone, "neck": {"type": "GlobalAveragePooling"}, "head": head}
+
+
+def keras_model(**args: Any) -> dict[str, Any]:
+    args = {"alpha": 0.35, "input_shape": [64, 64, 3], "classifier_activation": None, **args}
+    return {"framework": "keras", "model": {"application": "MobileNetV2", "args": args}}
+
+
+CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {  # spec, family, target, arguments
+    "mmdet swin in a detector, after training with EMA": (
+        {"framework": "mmdet", "model": {"type": "SwinTransformer", **SWIN}, "input": [2, 3, 224, 224], "wrap": "detector", "training": True},
+        "mmlab/swin",
+        "swin_tiny_patch4_window7_224",
+        {"always_partition": True, "num_classes": 0},
+    ),
+    "mmpretrain swin classifier": (
+        {"framework": "mmpretrain", "model": classifier({"type": "SwinTransformer", "arch": "tiny"}, 768), "input": [2, 3, 224, 224]},
+        "mmlab/swin",
+        "swin_tiny_patch4_window7_224",
+        {"num_classes": 10},
+    ),
+    "mmdet resnet in a detector": (
+        {"framework": "mmdet", "model": {"type": "ResNet", "depth": 18}, "wrap": "detector"},
+        "mmlab/resnet",
+        "resnet18",
+        {"num_classes": 0},
+    ),
+    "mmdet resnext": (
+        {"framework": "mmdet", "model": {"type": "ResNeXt", "depth": 50, "groups": 32, "base_width": 4}, "wrap": "detector"},
+        "mmlab/resnet",
+        "resnext50_32x4d",
+        {"num_classes": 0},
+    ),
+    "mmdet resnet v1d": (
+        {"framework": "mmdet", "model": {"type": "ResNetV1d", "depth": 50}, "wrap": "detector"},
+        "mmlab/resnet",
+        "resnet50d",
+        {"num_classes": 0},
+    ),
+    "mmpretrain resnet v1d classifier": (
+        {"framework": "mmpretrain", "model": classifier({"type": "ResNetV1d", "depth": 50}, 2048)},
+        "mmlab/resnet",
+        "resnet50d",
+        {"num_classes": 10},
+    ),
+    "mmseg resnet v1c": (
+        {"framework": "mmseg", "model": {"type": "ResNetV1c", "depth": 50}, "wrap": "detector"},
+        "mmlab/resnet",
+        "resnet50c",
+        {"num_classes": 0},
+    ),
+    "keras classifier": (
+        keras_model(classes=10),
+        "keras/mobilenet_v2",
+        "mobilenetv2_035",
+        {"pad_type": "same", "bn_eps": 0.001, "num_classes": 10},
+    ),
+    "keras without top": (
+        keras_model(include_top=False, alpha=0.5),
+        "keras/mobilenet_v2",
+        "mobilenetv2_050",
+        {"pad_type": "same", "bn_eps": 0.001, "num_classes": 0},
+    ),
+}  # fmt: skip
+
+
+def command(*words: Any, code: int = 0) -> Any:
+    """The command's document."""
+    done = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert done.exit_code == code, done.output or done.exception
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_family_computes_its_references_function(case: str, tmp_path: Path) -> None:
+    spec, family, target, args = CASES[case]
+    suffix = ".weights.h5" if spec["framework"] == "keras" else ".pth"
+    source = write_checkpoint(spec, tmp_path / f"source{suffix}")
+    size = ["--img-size", 64] if spec["framework"] == "keras" else []
+    document = command("convert", source, "-o", tmp_path / "out", *size)
+    assert (document["family"], document["target"]["architecture"]) == (family, target)
+    assert document["target"]["args"] == args
+    verdict = command("verify", tmp_path / "out", "--source", source)
+    assert verdict["passed"] and verdict["precision"] == "float64", verdict
+    assert not verdict["warnings"]
+
+
+def test_a_corrupted_conversion_fails(tmp_path: Path) -> None:
+    """The same comparison must be able to fail: two channels of one weight exchanged, in the written file."""
+    spec = CASES["mmdet resnet in a detector"][0]
+    source = write_checkpoint(spec, tmp_path / "source.pth")
+    command("convert", source, "-o", tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["layer3.0.conv2.weight"][[0, 1]] = tensors["layer3.0.conv2.weight"][[1, 0]]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    verdict = command("verify", tmp_path / "out", "--source", source, code=3)
+    failed = {one["output"] for one in verdict["comparisons"] if not one["passed"]}
+    assert failed == {"features.3", "features.4"}
+
+
+def test_tensorflow_efficientnet_takes_its_averaged_weights(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("tensorflow_efficientnet.py")
+    subprocess.run([sys.executable, script, tmp_path, "64"], check=True, capture_output=True)
+    document = command("convert", tmp_path / "model.ckpt", "-o", tmp_path / "out", "--img-size", 64)
+    assert document["wrappers"] == ["ExponentialMovingAverage"]
+    assert document["target"] == {"architecture": "tf_efficientnet_b0", "args": {"num_classes": 10}}
+    recording = tmp_path / "recording.npz"
+    verdict = command("verify", tmp_path / "out", "--source", tmp_path / "model.ckpt", "--reference", recording)
+    assert verdict["passed"] and verdict["precision"] == "float64"
+
+
+TIMM: dict[str, tuple[str, dict[str, Any], Any, list[str]]] = {  # architecture, arguments, what is saved, options
+    "DDP": ("resnet18", {"num_classes": 7}, lambda sd: {"arch": "resnet18", "state_dict": {f"module.{k}": v for k, v in sd.items()}}, []),
+    "fp16": ("vit_tiny_patch16_224", {"num_classes": 7}, lambda sd: {k: v.half() for k, v in sd.items()}, ["--to", "vit_tiny_patch16_224"]),
+    "bf16": ("convnext_atto", {}, lambda sd: {"model": {k: v.bfloat16() for k, v in sd.items()}}, []),
+    "Swin before 0.9": ("swin_tiny_patch4_window7_224", {"num_classes": 7}, lambda sd: {old_swin(k): v for k, v in sd.items()}, []),
+}  # fmt: skip
+
+
+def old_swin(name: str) -> str:
+    parts = name.replace("head.fc.", "head.").split(".")
+    if len(parts) > 2 and parts[2] == "downsample":
+        parts[1] = str(int(parts[1]) - 1)
+    return ".".join(parts)
+
+
+@pytest.mark.parametrize("case", TIMM)
+def test_timm_checkpoints_come_home(case: str, tmp_path: Path) -> None:
+    architecture, args, wrap, options = TIMM[case]
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, **args).eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) * 0.1)
+    saved = wrap(model.state_dict())
+    torch.save(saved, tmp_path / "source.pth")
+    command("convert", tmp_path / "source.pth", "-o", tmp_path / "out", *options)
+    weights = next((v for v in saved.values() if isinstance(v, dict)), saved)
+    dtype = next(iter(weights.values())).dtype
+    model.to(dtype).float()
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model(x), loaded(x))
+
+
+def test_a_features_only_vit_comes_home(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True).eval()
+    torch.save(model.state_dict(), tmp_path / "source.pth")
+    document = command("convert", tmp_path / "source.pth", "-o", tmp_path / "out", "--to", "vit_tiny_patch16_224")
+    assert document["family"] == "timm/features"
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, features_only=True).eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model(x), loaded(x), strict=True))
+
+
+def test_a_caffe_style_is_refused_where_the_file_says_so(tmp_path: Path) -> None:
+    spec = {"framework": "mmdet", "model": {"type": "ResNet", "depth": 50, "style": "caffe"}, "wrap": "detector"}
+    source = write_checkpoint(spec, tmp_path / "source.pth")
+    done = subprocess.run(
+        [sys.executable, "-m", "converters", "convert", source, "-o", tmp_path / "out"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "1x1 convolution" in done.stderr and not (tmp_path / "out").exists()
+    state = torch.load(source, weights_only=True)["state_dict"]
+    torch.save(state, tmp_path / "bare.pth")  # now nothing can tell: converted, and said so
+    document = command("convert", tmp_path / "bare.pth", "-o", tmp_path / "out")
+    assert any("caffe" in caveat for caveat in document["caveats"])
+    assert "caffe" in (tmp_path / "out" / "README.md").read_text()
+    verdict = verify(tmp_path / "out", tmp_path / "bare.pth")
+    assert verdict.passed  # against MMDetection's default style, which these weights then have
+    assert np.isfinite([max(one.sample_errors) for one in verdict.comparisons]).all()

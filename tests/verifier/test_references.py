@@ -1,0 +1,101 @@
+"""The runners, each with its real framework."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from converters.errors import ReferenceFailed
+from converters.verifier.probes import probes
+from converters.verifier.recording import Recording, read_recording
+from converters.verifier.worker import run_reference
+
+MOBILENET = {
+    "application": "MobileNetV2",
+    "args": {"alpha": 0.35, "classes": 10, "input_shape": [64, 64, 3], "classifier_activation": None},
+}
+PROBES = probes((3, 64, 64))
+
+
+def ask(source: Path, runner: str, model: dict, outputs: dict, inputs: dict = PROBES) -> Recording:
+    job = {"runner": runner, "model": model, "outputs": outputs, "source": {"file": str(source)}}
+    return run_reference(job, inputs)
+
+
+def distance(one: Recording, other: Recording, precision: str, output: str) -> float:
+    a, b = (recording.outputs[precision]["normal"][output] for recording in (one, other))
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.fixture(scope="module")
+def mobilenet(write_checkpoint, tmp_path_factory) -> Path:
+    return write_checkpoint(
+        {"framework": "keras", "model": MOBILENET}, tmp_path_factory.mktemp("keras") / "net.weights.h5"
+    )
+
+
+def test_keras_on_tensorflow_and_on_torch(mobilenet, monkeypatch):
+    outputs = {"logits": "0", "forward_features": "out_relu | b h w c -> b c h w"}
+    on_tensorflow = ask(mobilenet, "keras", MOBILENET, outputs)
+    assert on_tensorflow.about["notes"] == [] and on_tensorflow.about["backend"] == "tensorflow"
+    assert on_tensorflow.outputs["float64"]["ramp"]["forward_features"].shape == (2, 1280, 2, 2)
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    on_torch = ask(mobilenet, "keras", MOBILENET, outputs)
+    assert list(on_torch.outputs) == ["float32"]
+    assert on_torch.about["notes"] == ["no float64: TypeError: Keras on torch computes parts of it in float32"]
+    assert distance(on_torch, on_tensorflow, "float32", "logits") < 1e-5
+    assert "tensorflow" not in on_torch.about["framework"]
+
+
+def test_keras_weights_of_another_model(mobilenet):
+    model = {**MOBILENET, "args": {**MOBILENET["args"], "classes": 11}}
+    with pytest.raises(ReferenceFailed, match="the keras reference: ValueError: "):
+        ask(mobilenet, "keras", model, {"logits": "0"})
+
+
+def test_keras_probes_that_enter_behind_the_preprocessing(mobilenet):
+    """`input` names the layer whose output the probe stands for; here a batch norm, so that ReLU6 alone is left."""
+    inside = probes((16, 32, 32))
+    outputs = {"relu": "Conv1_relu | b h w c -> b c h w", "logits": "0"}
+    recording = ask(mobilenet, "keras", {**MOBILENET, "input": "bn_Conv1"}, outputs, inside)
+    np.testing.assert_array_equal(recording.outputs["float32"]["normal"]["relu"], inside["normal"].clip(0, 6))
+
+
+def test_mmlab_beside_a_transformers_that_it_does_not_know(converted, tmp_path, monkeypatch):
+    """MMPretrain imports its multimodal models, and fails, as soon as it finds transformers installed."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('too new')")
+    information = tmp_path / "transformers-5.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    again = ask(converted.source, "mmpretrain", converted.model, {"logits": "0"})
+    assert distance(again, read_recording(converted.recording), "float64", "logits") == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda state: state.pop("backbone.bn1.running_var"), "it lacks backbone.bn1.running_var"),
+        (
+            lambda state: state.update({"head.fc.bias": Exploding()}),
+            "refuses the checkpoint, which would call posix.system",
+        ),
+    ],
+)
+def test_mmlab_checkpoints_that_do_not_fill_the_model(converted, tmp_path, spoil, words):
+    checkpoint = torch.load(converted.source, weights_only=False)
+    spoil(checkpoint["state_dict"])
+    torch.save(checkpoint, tmp_path / "spoilt.pth")
+    with pytest.raises(ReferenceFailed) as caught:
+        ask(tmp_path / "spoilt.pth", "mmpretrain", converted.model, {"logits": "0"})
+    assert words in str(caught.value)
+
+
+class Exploding:
+    def __reduce__(self):
+        return os.system, ("true",)

@@ -1,0 +1,238 @@
+"""Write tests/plans/: what every family's plan looks like, from the names and shapes of real source models.
+
+    python tools/write_golden_plans.py [FAMILY...]
+
+For each family `FAMILY.specs.json` holds the source tensors of a few targets, as the source framework's own
+model wrote them and the readers list them, and `FAMILY.txt` the plans, folded. The tests compare the plans of
+today with that text. Run this after a change that is meant, and read the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from converters.detection import find_plan
+from converters.names import fold
+from converters.plan import Plan
+from converters.readers import Checkpoint, open_checkpoint
+from converters.tensors import LazyTensor, TensorSpec
+
+ROOT = Path(__file__).parents[1]
+PLANS, PARITY = ROOT / "tests" / "plans", ROOT / "tests" / "parity"
+Specs = dict[str, Any]  # name -> shape; a dtype behind it where it is not float32
+
+
+def plans_of(path: Path) -> Iterator[tuple[str, Plan]]:
+    """Each target of a specs file with the plan that is found for it, unaided but for a timm model's name."""
+    for title, source in json.loads(path.read_text("utf-8")).items():
+        tensors = {name: _unread(name, *given) for name, given in source["tensors"].items()}
+        yield title, find_plan(Checkpoint(Path(title), "specs", tensors, metadata=source["metadata"]))
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan, folded: what comes from where, by which ops; drops, fills and caveats; a digest of every line."""
+    lines = [
+        f"{step.target.name} <- {' + '.join(step.origin.sources)} | {step.origin.ops.text} [{step.part}]"
+        if step.origin.fill is None
+        else f"{step.target.name} <- {step.origin.fill}"
+        for step in plan.steps
+    ]
+    lines += [f"{name}: {drop.reason}" for name, drop in plan.drops.items()]
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for step in plan.steps:
+        origin = step.origin
+        names = (step.target.name, *(origin.sources or [str(origin.fill)]))
+        kind = tuple(re.sub(r"[0-9]+", "#", re.sub(r"[./][^./]*$", "", name)) for name in names)
+        groups.setdefault((*kind, origin.ops.text), []).append(names)
+    folded = []
+    for key, members in groups.items():
+        target, *sources = (" ".join(text for text, _ in fold(names)) for names in zip(*members, strict=True))
+        ops = f" | {key[-1]}" if key[-1] else ""
+        folded.append(f"  {target} <- {' + '.join(sources)}{ops}  ({len(members)})")
+    for reason in dict.fromkeys(drop.reason for drop in plan.drops.values()):
+        names = fold(name for name, drop in plan.drops.items() if drop.reason == reason)
+        folded += [f"  drop {text}: {reason}  ({count})" for text, count in names]
+    folded += [f"  caveat: {caveat}" for caveat in plan.caveats]
+    args = "".join(f", {key}={value}" for key, value in sorted(plan.skeleton.args.items()))
+    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
+    head = f"{plan.mapping.name} -> {plan.skeleton.architecture}{args}"
+    return "\n".join([head, *sorted(folded), f"  {len(lines)} lines, digest {digest}"]) + "\n"
+
+
+def _unread(name: str, shape: list[int], dtype: str = "float32") -> LazyTensor:
+    def read() -> memoryview:
+        raise AssertionError(f"{name}: a plan reads nothing")
+
+    return LazyTensor(TensorSpec(name, tuple(shape), dtype), read)
+
+
+def written(spec: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint that the source framework writes, as `random_checkpoints` takes it, opened."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("source.weights.h5" if spec["framework"] == "keras" else "source.pth")
+        return open_checkpoint(_parity("random_checkpoints").write_checkpoint(spec, path))
+
+
+def mmdet(model: Mapping[str, Any]) -> Callable[[], Specs]:
+    return lambda: _source(written({"framework": "mmdet", "model": model, "wrap": "detector"}))
+
+
+def mmseg(model: Mapping[str, Any]) -> Callable[[], Specs]:
+    return lambda: _source(written({"framework": "mmseg", "model": model}))
+
+
+def mmpretrain(backbone: Mapping[str, Any], features: int, size: int = 64) -> Callable[[], Specs]:
+    model = {
+        "type": "ImageClassifier",
+        "backbone": backbone,
+        "neck": {"type": "GlobalAveragePooling"},
+        "head": {"type": "LinearClsHead", "num_classes": 1000, "in_channels": features},
+    }
+    return lambda: _source(written({"framework": "mmpretrain", "model": model, "input": [1, 3, size, size]}))
+
+
+def keras(application: str, **args: Any) -> Callable[[], Specs]:
+    return lambda: _source(written({"framework": "keras", "model": {"application": application, "args": args}}))
+
+
+def tpu(application: str) -> Callable[[], Specs]:
+    """Keras's implementation under the names of the TPU graph."""
+    code = f"""
+import json, keras, sys
+model = keras.applications.{application}(weights=None)
+layers = {{layer.name: [(v.name, tuple(v.shape)) for v in layer.weights] for layer in model.layers}}
+json.dump(layers, open(sys.argv[1], "w"))
+"""
+
+    def build() -> Specs:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "layers.json"
+            subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
+            layers = json.loads(path.read_text())
+        tensors = {}
+        for layer, scope in _parity("tensorflow_efficientnet").tpu_names(list(layers)).items():
+            for name, shape in layers[layer]:
+                role = "depthwise_kernel" if layer.endswith("dwconv") else name
+                tensors[f"efficientnet-{application[-2:].lower()}/{scope}/{role}"] = [shape]
+        return {"metadata": {}, "tensors": tensors}
+
+    return build
+
+
+def timm(architecture: str, named: bool = False, **args: Any) -> Callable[[], Specs]:
+    """timm's own model; `named` as its training script saves it."""
+
+    def build() -> Specs:
+        import timm
+        import torch
+
+        with torch.device("meta"):
+            state = timm.create_model(architecture, **args).state_dict()
+        tensors = {name: _listed(tuple(value.shape), str(value.dtype)) for name, value in state.items()}
+        return {"metadata": {"arch": architecture} if named else {}, "tensors": tensors}
+
+    return build
+
+
+def swin_before_0_9(architecture: str, window: int, **args: Any) -> Callable[[], Specs]:
+    """timm's Swin as timm 0.8 saved it: other indices, another head, and buffers."""
+
+    def build() -> Specs:
+        tensors = {}
+        for name, given in timm(architecture, **args)()["tensors"].items():
+            name = re.sub(r"^layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", name)
+            tensors[re.sub(r"^head\.fc", "head", name)] = given
+            if block := re.fullmatch(r"(layers\.\d\.blocks\.\d)\.attn\.qkv\.weight", name):
+                tensors[f"{block[1]}.attn.relative_position_index"] = [[window**2, window**2], "int64"]
+                tensors[f"{block[1]}.attn_mask"] = [[64, window**2, window**2]]
+        return {"metadata": {}, "tensors": tensors}
+
+    return build
+
+
+SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
+    "mmlab/swin": {
+        "an MMDetection backbone": mmdet(
+            {"type": "SwinTransformer", "embed_dims": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
+        ),
+        "an MMPretrain classifier": mmpretrain(
+            {
+                "type": "SwinTransformer",
+                "arch": "base",
+                "img_size": 384,
+                "stage_cfgs": {"block_cfgs": {"window_size": 12}},
+            },
+            1024,
+            384,
+        ),
+    },
+    "mmlab/resnet": {
+        "an MMDetection backbone": mmdet({"type": "ResNet", "depth": 18}),
+        "an MMPretrain classifier with a deep stem": mmpretrain({"type": "ResNetV1d", "depth": 50}, 2048),
+        "an MMSegmentation backbone": mmseg({"type": "ResNetV1c", "depth": 50}),
+    },
+    "keras/mobilenet_v2": {
+        "a classifier": keras("MobileNetV2", alpha=0.35, input_shape=[96, 96, 3]),
+        "no top": keras("MobileNetV2", include_top=False, input_shape=[96, 96, 3]),
+    },
+    "tensorflow/efficientnet": {"b0": tpu("EfficientNetB0"), "b2": tpu("EfficientNetB2")},
+    "timm/native": {
+        "named": timm("vit_tiny_patch16_224", named=True, num_classes=10),
+        "known by its tensors": timm("mobilenetv4_conv_small"),
+    },
+    "timm/features": {"a pyramid": timm("vit_tiny_patch16_224", named=True, features_only=True)},
+    "timm/swin_before_0_9": {
+        "v1": swin_before_0_9("swin_tiny_patch4_window7_224", 7),
+        "v2": swin_before_0_9("swinv2_tiny_window8_256", 8, num_classes=0),
+    },
+}
+
+
+def _source(checkpoint: Checkpoint) -> Specs:
+    tensors = {name: _listed(spec.shape, spec.dtype) for name, spec in checkpoint.specs.items()}
+    return {"metadata": checkpoint.metadata, "tensors": tensors}
+
+
+def _listed(shape: tuple[int, ...], dtype: str) -> list[Any]:
+    dtype = dtype.removeprefix("torch.")
+    return [list(shape)] if dtype == "float32" else [list(shape), dtype]
+
+
+def _parity(name: str) -> Any:
+    spec = spec_from_file_location(name, PARITY / f"{name}.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _json(sources: Mapping[str, Specs]) -> str:
+    """A line for each tensor."""
+    texts = []
+    for title, source in sources.items():
+        lines = [f"  {json.dumps(name)}: {json.dumps(given)}" for name, given in source["tensors"].items()]
+        head = f' {json.dumps(title)}: {{"metadata": {json.dumps(source["metadata"])}, "tensors": {{'
+        texts.append("\n".join([head, ",\n".join(lines), " }}"]))
+    return "{\n" + ",\n".join(texts) + "\n}\n"
+
+
+def main(families: list[str]) -> None:
+    for family in families or SOURCES:
+        path = PLANS / f"{family}.specs.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_json({title: build() for title, build in SOURCES[family].items()}), "utf-8")
+        text = "\n".join(f"{title}: {plan_text(plan)}" for title, plan in plans_of(path))
+        path.with_name(path.name.replace(".specs.json", ".txt")).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
