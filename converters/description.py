@@ -42,7 +42,7 @@ def describe(
         "dtype": dtype,
         "input_size": _input_size(plan, img_size),
         "reference": _reference(plan, checkpoint, img_size),
-        "caveats": list(plan.caveats),
+        "caveats": [*plan.caveats, *checkpoint.notes],
         "tensors": {
             step.target.name: {"fill": step.origin.fill}
             if step.origin.fill is not None

@@ -40,14 +40,8 @@ def find_plan(
     file, TargetError where `target` or `args` are none of timm's.
     """
     families = [load_mapping(family)] if family else applying_families(checkpoint)
-    if not families:
-        names = ", ".join(find_mappings())
-        raise PlanError(
-            f"is of no family that is known here ({_first_names(checkpoint)})",
-            file=checkpoint.path,
-            cure=f"add a mapping file, or name one with --family ({names})",
-        )
     nearest: tuple[tuple[Problem, ...], Family, str] | None = None
+    refused: TargetError | None = None
     for mapping in families:
         caveats = _check_refusals(mapping, checkpoint)
         routes = route(mapping, checkpoint.specs)
@@ -55,10 +49,11 @@ def find_plan(
         for architecture in _candidates(mapping, checkpoint, routes, target):
             try:
                 plan = _plan_for(mapping, checkpoint, routes, architecture, dict(args or {}))
-            except TargetError:
+            except TargetError as error:
                 if target or not mapping.any_target:
                     raise
-                continue  # the family's arguments are not every model's
+                refused = error  # the family's arguments are not every model's
+                continue
             if not isinstance(plan, Plan):
                 if nearest is None or len(plan) < len(nearest[0]):
                     nearest = plan, mapping, architecture
@@ -68,9 +63,13 @@ def find_plan(
                 return replace(plan, caveats=caveats)
         if closed:
             return _only(closed, checkpoint)
-    if nearest is None:
-        raise PlanError("no timm model has these tensors", file=checkpoint.path, cure="name one with --to MODEL")
-    raise diagnose(nearest[1], nearest[2], nearest[0])
+    if nearest:
+        raise diagnose(nearest[1], nearest[2], nearest[0])
+    raise refused or PlanError(
+        f"is of no family that is known here, and no timm model has its tensors ({_first_names(checkpoint)})",
+        file=checkpoint.path,
+        cure=f"name a timm model with --to, or a mapping file or a family with --family ({', '.join(find_mappings())})",
+    )
 
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
@@ -175,4 +174,4 @@ def _squeezed(text: str) -> str:
 
 def _first_names(checkpoint: Checkpoint) -> str:
     names = [printable(name, 60) for name in list(checkpoint.tensors)[:3]]
-    return ", ".join(names) + (", ..." if len(checkpoint.tensors) > 3 else "")
+    return ", ".join(names) + (", ..." if len(checkpoint.tensors) > 3 else "") or "it has none"

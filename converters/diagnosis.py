@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from converters.errors import PlanError, printable
@@ -44,14 +46,14 @@ def diagnose(mapping: Mapping, target: str, problems: Sequence[Problem]) -> Plan
             for text, _ in fold(problem.name for problem in group):
                 lines.append(f"  {head:<30} {printable(text)}")
                 head = ""
-            lines += [f"     line {row.line}  {row.text:<50} {_reason(group)}".rstrip() for row in rows]
-            if not rows and (reason := _reason(group)):
+            reason = printable(_reason(group), 300)
+            lines += [f"     line {row.line}  {printable(row.text):<50} {reason}".rstrip() for row in rows]
+            if not rows and reason:
                 lines.append(f"     {reason}")
-    lines += [
-        f"  try      {left}: {right}      (same indices, same shapes)" for left, right in cures(mapping, problems)
-    ]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} lines more; is this the right family?"]
+    for left, right in cures(mapping, problems)[:_MOST_LINES]:
+        lines.append(f"  try      {printable(left)}: {right}      (same indices, same shapes)")
     return PlanError("\n".join(lines))
 
 
@@ -63,9 +65,13 @@ def cures(mapping: Mapping, problems: Sequence[Problem]) -> list[tuple[str, str]
         targets = _groups(
             number, ((*p.name.rpartition(".")[::2], p.spec.shape) for p in problems if p.kind == "missing")
         )
-        pairs = [(s, t, shift) for s in sources for t in targets if (shift := s.shift_to(t)) is not None]
+        alike: dict[Hashable, list[_Group]] = {}
+        for target in targets:
+            alike.setdefault(target.kind, []).append(target)
+        pairs = [(s, t, shift) for s in sources for t in alike.get(s.kind, ()) if (shift := s.shift_to(t)) is not None]
+        uses = Counter(id(group) for source, target, _ in pairs for group in (source, target))
         for source, target, shift in pairs:
-            if sum(source is s for s, _, _ in pairs) == sum(target is t for _, t, _ in pairs) == 1:
+            if uses[id(source)] == uses[id(target)] == 1:
                 row = (source.text(), target.text(shift))
                 if row[0] not in dict(found):
                     found.append(row)
@@ -117,19 +123,23 @@ class _Group:
     literals: tuple[str, ...]
     modules: dict[tuple[int, ...], Leaves]
 
-    @property
+    @cached_property
+    def kind(self) -> Hashable:
+        """What two groups must have in common to be a pair: how many indices, and the modules' leaves."""
+        return len(self.varying), frozenset(Counter(self.modules.values()).items())
+
+    @cached_property
     def varying(self) -> list[int]:
         """The positions whose numbers differ; the others are part of the name."""
         return [p for p in range(len(self.literals) - 1) if len({indices[p] for indices in self.modules}) > 1]
 
+    @cached_property
     def keyed(self) -> dict[tuple[int, ...], Leaves]:
         return {tuple(indices[p] for p in self.varying): leaves for indices, leaves in self.modules.items()}
 
     def shift_to(self, other: _Group) -> tuple[int, ...] | None:
         """What to add to each index of mine to get the other's, if then every module has the same leaves and shapes."""
-        mine, theirs = self.keyed(), other.keyed()
-        if len(mine) != len(theirs) or len(self.varying) != len(other.varying):
-            return None
+        mine, theirs = self.keyed, other.keyed
         shift = tuple(b - a for a, b in zip(min(mine), min(theirs), strict=True))
         moved = {tuple(i + s for i, s in zip(indices, shift, strict=True)): leaves for indices, leaves in mine.items()}
         return shift if moved == theirs else None

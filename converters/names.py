@@ -57,12 +57,12 @@ def split(name: str) -> tuple[str, ...]:
 
 
 def prefixes(names: Iterable[tuple[str, ...]]) -> frozenset[tuple[str, ...]]:
-    """Every name and every module around one.
+    """Every name and every module around one; no deeper than 64 segments, so that a hostile name costs no memory.
 
     >>> sorted(prefixes([("a", "b", "weight")]))
     [('a',), ('a', 'b'), ('a', 'b', 'weight')]
     """
-    return frozenset(name[:end] for name in names for end in range(1, len(name) + 1))
+    return frozenset(name[:end] for name in names for end in range(1, min(len(name), 64) + 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,10 @@ def _shapes(pipeline: Pipeline, shapes: tuple[tuple[int, ...], ...], parts: int)
 def _meta(shapes: tuple[tuple[int, ...], ...]) -> Tensors:
     import torch
 
-    return [torch.empty(shape, device="meta") for shape in shapes]
+    try:
+        return [torch.empty(shape, device="meta") for shape in shapes]
+    except (RuntimeError, TypeError) as error:  # strides or sizes beyond 64 bits
+        raise OpError(f"no tensor has the shape {', '.join(map(str, shapes))}") from error
 
 
 def _rearrange(text: str) -> Op:

@@ -115,10 +115,10 @@ def read_off(mapping: Mapping, routes: tuple[Route, ...], traits: Traits) -> dic
     args: dict[str, int] = {}
     heads = [shapes.get((*split(name), "weight"), ()) for name in traits.classifiers]
     stems = [shapes.get((*split(name), "weight"), ()) for name in traits.first_convs]
-    classes = [head[0] for head in heads if head]
+    classes = next((head[0] for head in heads if head), 0)
     channels = [stem[1] for stem in stems if len(stem) == 4]
-    if traits.classifiers and classes[:1] != [traits.num_classes]:
-        args["num_classes"] = classes[0] if classes else 0
+    if traits.classifiers and classes != traits.num_classes:
+        args["num_classes"] = classes
     if channels and channels[0] != traits.in_chans:
         args["in_chans"] = channels[0]
     return args

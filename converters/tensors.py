@@ -67,6 +67,7 @@ class LazyTensor:
 
     spec: TensorSpec
     read: Callable[[], memoryview]
+    lossy: str = ""  # what its values went through before: "dequantized from qint8"
 
 
 def to_torch(raw: memoryview, spec: TensorSpec) -> torch.Tensor:

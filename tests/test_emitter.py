@@ -69,9 +69,9 @@ EVERY_KIND = {
         EVERY_KIND,
         dict(reversed(EVERY_KIND.items())),
         {"a": torch.zeros(0)},
-        {"a" * n: torch.ones(1) for n in range(1, 9)},
+        *({"a" * n: torch.ones(1)} for n in range(1, 9)),
     ],
-    ids=["every dtype", "in another order", "nothing", "padding"],
+    ids=["every dtype", "another order", "nothing", *(f"padding{n}" for n in range(8))],
 )
 def test_bytes_are_those_of_safetensors(emit, tmp_path, tensors):
     path = emit(tensors)
@@ -219,11 +219,19 @@ def interrupted() -> memoryview:
     [
         (damaged, None, (CheckpointError, "source.pth: b: its CRC differs")),
         (None, "pwrite", (OutputError, "out: cannot be written: No space left on device")),
+        (None, "posix_fallocate", (OutputError, "out: cannot be written: No space left on device")),
         (None, "fsync", (OutputError, "out: cannot be written: No space left on device")),
-        (lambda: memoryview(bytearray(4)), None, (Exception, "")),
-        (interrupted, None, (KeyboardInterrupt, "")),
+        (lambda: memoryview(bytearray(4)), None, (AssertionError, "b: 4 bytes")),
+        (interrupted, None, (KeyboardInterrupt, None)),
     ],
-    ids=["a damaged source", "a full disk", "a full disk at the flush", "a reader that lies", "Ctrl-C"],
+    ids=[
+        "a damaged source",
+        "a full disk",
+        "a disk too small",
+        "a full disk at the flush",
+        "a reader that lies",
+        "Ctrl-C",
+    ],
 )
 def test_a_failure_leaves_nothing(small, tmp_path, monkeypatch, read, patch, expected):
     place = tmp_path / "place"
@@ -293,7 +301,6 @@ def there(tmp_path: Path) -> Iterator[dict[str, Path]]:
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "conversion")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "conversion" / "model.safetensors").chmod(0o400)
     return {path.name: path for path in tmp_path.iterdir()}
 
 
@@ -327,11 +334,6 @@ def test_destinations(small, tmp_path, there, name, overwrite, problem):
     assert problem in str(caught.value)
     after = {path: path.stat() for path in tmp_path.rglob("*") if path.exists() and path.suffix != ".yaml"}
     assert after == before
-
-
-def test_a_folder_that_may_not_be_written(small, tmp_path):
-    with pytest.raises(OutputError, match="cannot be written"):
-        small(Path("/proc/out"))
 
 
 def test_a_source_that_changes_is_refused(emit, tmp_path):

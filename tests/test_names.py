@@ -5,7 +5,7 @@ from collections import Counter
 from fnmatch import fnmatchcase
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from converters.names import Pattern, Template, fold, prefixes, split
@@ -193,6 +193,7 @@ NAMES = st.lists(st.text("ab01._{}", min_size=1, max_size=8), unique=True, max_s
 
 
 @given(NAMES)
+@example(["x0.w", "x1.w", "x{0..1}.w"])
 def test_fold_counts_every_name(names):
     assert sum(count for _, count in fold(names)) == len(names)
 
@@ -213,8 +214,13 @@ def test_fold():
         ("a/b{1..3}/kernel", 2),
         ("fc0", 1),
     ]
+    assert fold(["a/b1/kernel", "a/b1/bias", "a/b2/kernel", "a/b2/bias"]) == [("a/b{1..2}/{kernel,bias}", 4)]
     assert fold([]) == []
 
 
 def test_prefixes():
     assert prefixes([split("a.b.c"), split("a/d")]) == {("a",), ("a", "b"), ("a", "b", "c"), ("a", "d")}
+
+
+def test_a_hostile_name_has_few_prefixes():
+    assert len(prefixes([("a",) * 100_000])) == 64

@@ -143,6 +143,7 @@ DOES_NOT_CLOSE = {
     "as many elements": ("a: b", "a.w=2x3", "b.w=6", "shape b.w"),
     "one that would broadcast": ("a: b", "a.w=1", "b.w=8", "shape b.w"),
     "two sources to one target": ("a: x\nb: x", "a.w=1 b.w=1", "x.w=1", "clash b.w"),
+    "two sources of one pattern": ("a*: x", "a1.w=1 a2.w=1", "x.w=1", "clash a2.w"),
     "an index that is lost": ("a.{i}: x", "a.0.w=1 a.1.w=1", "x.w=1", "clash a.1.w"),
     "a target of a scatter taken": (
         "a: 'x.{p|q} | chunk'\nb: x.q",
@@ -285,6 +286,7 @@ def test_classes_and_channels_are_read_off_the_source(family, specs, sources, ar
     assert read_off(mapping, route(mapping, specs(sources)), Traits(("fc", "fc2"), ("conv1",), 1000, 3)) == args
 
 
-def test_a_target_without_classifier_is_asked_for_none(family, specs):
+@pytest.mark.parametrize("classifiers", [(), ("fc",)])
+def test_a_target_without_classes_is_asked_for_none(family, specs, classifiers):
     mapping = family("rules: {stem: conv1}", KERAS)
-    assert read_off(mapping, route(mapping, specs("stem/kernel=7x7x3x64")), Traits((), ("conv1",), 0, 3)) == {}
+    assert read_off(mapping, route(mapping, specs("stem/kernel=7x7x3x64")), Traits(classifiers, ("conv1",), 0, 3)) == {}

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 REPEATS = 3
+MODEL = "vit_huge_patch14_224"
 IMPORT_TIMM = [sys.executable, "-c", "import timm"]
 TIMMPORT = [sys.executable, "-m", "converters"]
 
@@ -114,26 +115,21 @@ def bench_convert(folder: Path) -> None:
     print(f"source: {source.stat().st_size / 1e9:.2f} GB")
     out = folder / "out"
 
-    def converted() -> tuple[float, float]:
-        shutil.rmtree(out, ignore_errors=True)
-        return run([*TIMMPORT, "convert", str(source), "-o", str(out), "--to", "vit_huge_patch14_224"])
-
-    def fresh(command: list[str], *, folder_first: bool = False) -> tuple[float, float]:
-        shutil.rmtree(out, ignore_errors=True)
-        out.unlink(missing_ok=True) if out.is_file() else None
+    def fresh(*command: str, folder_first: bool = False) -> tuple[float, float]:
+        out.unlink() if out.is_file() else shutil.rmtree(out, ignore_errors=True)
         if folder_first:
             out.mkdir()
-        return run(command)
+        return run(list(command))
 
     routes = {
-        "cp": lambda: fresh(["cp", str(source), str(out)]),
+        "cp": lambda: fresh("cp", str(source), str(out)),
         "import timm": lambda: run(IMPORT_TIMM),
-        "timmport convert": converted,
+        "timmport convert": lambda: fresh(*TIMMPORT, "convert", str(source), "-o", str(out), "--to", MODEL),
         "timm: create_model(checkpoint_path), save": lambda: fresh(
-            [sys.executable, "-c", TIMMS_ROUTE, str(source), str(out)]
+            sys.executable, "-c", TIMMS_ROUTE, str(source), str(out)
         ),
         "torch.load, save_file": lambda: fresh(
-            [sys.executable, "-c", TORCHS_ROUTE, str(source), str(out / "model.safetensors")], folder_first=True
+            sys.executable, "-c", TORCHS_ROUTE, str(source), str(out / "model.safetensors"), folder_first=True
         ),
     }
     measured: dict[str, tuple[float, float]] = {}

@@ -107,7 +107,9 @@ def fit(data: tuple[Images, Labels], epochs: int, seed: int) -> keras.Model:
         history = model.fit(shifted(images, rng), labels, batch_size=BATCH, verbose=0).history
         if epoch % 10 == 0 or epoch == epochs:
             loss, accuracy = history["loss"][-1], history["accuracy"][-1]
-            print(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.4f}, {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.4f}, {time.monotonic() - start:.0f} s", flush=True
+            )
     return model
 
 
@@ -144,16 +146,14 @@ def record(weights: Path, data: tuple[Images, Labels], path: Path) -> None:
         "source": {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
         "model": MODEL,
     }
-    np.savez_compressed(
-        path,
-        about=np.array(json.dumps(about)),
-        **{
-            "input.digits": np.ascontiguousarray(images.transpose(0, 3, 1, 2)),
-            "float64.digits.logits": logits["float64"],
-            "float32.digits.logits": logits["float32"],
-            "labels.digits": labels,
-        },
-    )
+    arrays: dict[str, Any] = {
+        "about": np.array(json.dumps(about)),
+        "input.digits": np.ascontiguousarray(images.transpose(0, 3, 1, 2)),
+        "float64.digits.logits": logits["float64"],
+        "float32.digits.logits": logits["float32"],
+        "labels.digits": labels,
+    }
+    np.savez_compressed(path, **arrays)
 
 
 def predict(weights: Path, images: Images, dtype: str) -> NDArray[Any]:

@@ -20,7 +20,10 @@ from converters.tensors import LazyTensor, TensorSpec
 
 __all__ = ["READERS", "Checkpoint", "Contents", "Reader", "open_checkpoint"]
 
-READERS = ("safetensors", "tensorflow", "keras", "torch_zip", "torch_legacy")  # first to accept wins
+READERS = (  # first to accept wins
+    *("safetensors", "tensorflow", "keras", "huggingface", "torch_distributed", "deepspeed"),
+    *("torch_export", "torch_zip", "torch_legacy", "numpy_pickle"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Contents:
     files: tuple[SourceFile, ...]
     integrity: str  # how the format detects damage, e.g. "CRC-32 of every record", "none in format"
     writer: str | None = None  # who wrote it, e.g. "Keras 3.15.1"
+    notes: tuple[str, ...] = ()  # what a person should know of the weights
+    wrappers: tuple[str, ...] = ()  # what the reader took off the names, outermost first
+    set_aside: dict[str, str] = field(default_factory=dict)  # name or pattern: why it is no weight
 
 
 class Reader(Protocol):
@@ -58,6 +64,7 @@ class Checkpoint:
     files: tuple[SourceFile, ...] = ()
     integrity: str = "none in format"
     writer: str | None = None
+    notes: tuple[str, ...] = ()  # what a person should know of the weights, e.g. that they were dequantized
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -89,12 +96,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None, ema
         path=path,
         format=reader.FORMAT,
         tensors=found.tensors,
-        wrappers=found.wrappers,
-        set_aside=found.set_aside,
+        wrappers=(*contents.wrappers, *found.wrappers),
+        set_aside={**contents.set_aside, **found.set_aside},
         metadata=found.metadata,
         files=contents.files,
         integrity=contents.integrity,
         writer=contents.writer,
+        notes=(*contents.notes, *found.notes),
     )
 
 

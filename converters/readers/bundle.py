@@ -8,56 +8,31 @@
     entry:  1 dtype | 2 shape: 2 dimension (1 size), 3 unknown rank | 3 data file | 4 offset | 5 size | 6 masked CRC-32C
             7 slice: 1 extent on an axis (1 start, 2 length)
 
-These are the fields of BundleHeaderProto and BundleEntryProto (tensorflow/core/protobuf/tensor_bundle.proto); a slice's
-key is its tensor's name and its extents in OrderedCode (tensorflow/core/lib/strings/ordered_code.h).
+These are the fields of BundleHeaderProto and BundleEntryProto (tensorflow/core/protobuf/tensor_bundle.proto).
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
 from converters.readers.files import SourceFile
-from converters.readers.protobuf import Malformed, Message, varint
+from converters.readers.protobuf import Malformed, Message, blame, varint
+from converters.readers.slices import Box, check_cover, join, read_slice
 from converters.readers.sstable import crc32c, mask_crc, read_table
+from converters.readers.tensor_protos import TENSORFLOW, tensorflow_shape
 from converters.tensors import DTYPES, LazyTensor, TensorSpec
 
-__all__ = ["NUMBERS", "STRING", "Bundle", "Entry", "open_bundle"]
+__all__ = ["Bundle", "Entry", "open_bundle"]
 
-STRING = 7
-NUMBERS = {  # TensorFlow's DataType: the key of DTYPES
-    1: "float32",
-    2: "float64",
-    3: "int32",
-    4: "uint8",
-    5: "int16",
-    6: "int8",
-    8: "complex64",
-    9: "int64",
-    10: "bool",
-    14: "bfloat16",
-    17: "uint16",
-    19: "float16",
-    22: "uint32",
-    23: "uint64",
-    24: "float8_e5m2",
-    25: "float8_e4m3fn",
-}
 SLICES = 7  # the field of an entry
 MAX_INDEX = 1 << 23  # bytes; a thousand variables take a hundred thousand
 MAX_ENTRIES = 1 << 17
-MAX_RANK = 32
-MAX_SPLIT_AXES = 3  # TensorFlow's own partitioners split one
-
-Box = tuple[tuple[int, int], ...]  # start and length on each axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +60,18 @@ class Bundle:
     def tensor(self, key: str, name: str) -> LazyTensor:
         """The numbers under `key` as the tensor `name`; the slices of a partitioned variable are joined."""
         entry = self.entries[key]
-        read = partial(self._join if entry.pieces else self._read_numbers, entry, name)
-        return LazyTensor(TensorSpec(name, entry.shape, NUMBERS[entry.dtype]), read)
+        spec = TensorSpec(name, entry.shape, TENSORFLOW.dtypes[entry.dtype])
+        if not entry.pieces:
+            return LazyTensor(spec, partial(self._read_numbers, entry, name))
+        pieces = [(box, partial(self._read_numbers, piece, name)) for box, piece in entry.pieces]
+        return LazyTensor(spec, partial(join, spec, pieces))
 
     def strings(self, key: str) -> list[memoryview]:
         """The elements of the string tensor under `key`, in C order."""
         entry = self.entries[key]
         file = self.shards[entry.shard]
         raw = file.read(entry.offset, entry.size, key)
-        with _blame(file, key):
+        with blame(file, key):
             lengths, at = _string_lengths(raw, math.prod(entry.shape))
         crc = crc32c(b"".join(length.to_bytes(4 if length < 1 << 32 else 8, "little") for length in lengths))
         if mask_crc(crc) != int.from_bytes(raw[at : at + 4], "little") or mask_crc(crc32c(raw[at:], crc)) != entry.crc:
@@ -109,17 +87,6 @@ class Bundle:
         if mask_crc(crc32c(raw)) != entry.crc:
             self._refuse_crc(entry, name)
         return raw
-
-    def _join(self, entry: Entry, name: str) -> memoryview:
-        import numpy as np
-
-        element = np.dtype(f"V{DTYPES[NUMBERS[entry.dtype]][1]}")
-        raw = bytearray(math.prod(entry.shape) * element.itemsize)
-        whole = np.frombuffer(raw, element).reshape(entry.shape)
-        for box, piece in entry.pieces:
-            place = tuple(slice(start, start + length) for start, length in box)
-            whole[place] = np.frombuffer(self._read_numbers(piece, name), element).reshape(piece.shape)
-        return memoryview(raw)
 
     def _refuse_crc(self, entry: Entry, name: str) -> NoReturn:
         file = self.shards[entry.shard].path
@@ -139,7 +106,7 @@ def open_bundle(prefix: Path) -> Bundle:
     key, value = next(table, (None, memoryview(b"")))
     if key != b"":
         raise CheckpointError("is a table, but not a TensorFlow bundle's: it has no header", file=index.path)
-    with _blame(index):
+    with blame(index):
         count, producer = _header(Message(value))
     entries = _entries(index, table)
     return Bundle(index, _open_shards(prefix, count, index, entries), producer, entries)
@@ -147,7 +114,7 @@ def open_bundle(prefix: Path) -> Bundle:
 
 def _header(header: Message) -> tuple[int, int]:
     """The number of data files and the version of the format's writer."""
-    version = Message(header.view(3))
+    version = header.message(3)
     if header.integer(2):
         raise Malformed("was written on a big-endian machine, which is not read here")
     if version.integer(2) > 1:
@@ -165,7 +132,7 @@ def _entries(index: SourceFile, table: Iterator[tuple[bytes, memoryview]]) -> di
         if count == MAX_ENTRIES:
             raise UnsafeCheckpoint(f"lists more than {MAX_ENTRIES} tensors", file=index.path)
         name = key.decode("utf-8", "backslashreplace")
-        with _blame(index, name):
+        with blame(index, name):
             message = Message(value)
             if key.startswith(b"\0"):
                 if SLICES in message:
@@ -178,23 +145,21 @@ def _entries(index: SourceFile, table: Iterator[tuple[bytes, memoryview]]) -> di
             if SLICES in message:
                 partitioned[name] = value
     for name, value in partitioned.items():
-        with _blame(index, name):
+        with blame(index, name):
             pieces = tuple(_pieces(name, entries[name], Message(value), slices))
             entries[name] = replace(entries[name], pieces=pieces)
     for key in slices:
-        with _blame(index, key.decode("utf-8", "backslashreplace")):
+        with blame(index, key.decode("utf-8", "backslashreplace")):
             raise Malformed("is the slice of no tensor")
     return entries
 
 
 def _entry(message: Message) -> Entry:
-    shape = Message(message.view(2))
-    dims = tuple(dim.integer(1) for dim in shape.messages(2))
-    if shape.integer(3) or len(dims) > MAX_RANK or min(dims, default=0) < 0 or math.prod(d or 1 for d in dims) >> 63:
-        raise Malformed(f"its shape is absurd, of rank {len(dims)}: {dims[:MAX_RANK]}")
+    dims = tensorflow_shape(message.message(2))
     dtype, size = message.integer(1), message.integer(5)
-    if dtype in NUMBERS and SLICES not in message and size != math.prod(dims) * DTYPES[NUMBERS[dtype]][1]:
-        raise Malformed(f"its {size} bytes are not a {NUMBERS[dtype]} tensor of shape {dims}")
+    kind = TENSORFLOW.dtypes.get(dtype)
+    if kind and SLICES not in message and size != math.prod(dims) * DTYPES[kind][1]:
+        raise Malformed(f"its {size} bytes are not a {kind} tensor of shape {dims}")
     return Entry(dtype, dims, message.integer(3), message.integer(4), size, message.integer(6))
 
 
@@ -202,56 +167,15 @@ def _pieces(name: str, whole: Entry, message: Message, slices: dict[bytes, Entry
     """Take the slices of `whole` out of `slices`; together they must cover it once."""
     boxes = []
     for part in message.messages(SLICES):
-        extents = [(extent.integer(1), extent.integer(2) if 2 in extent else -1) for extent in part.messages(1)]
-        if len(extents) != len(whole.shape):
-            raise Malformed(f"a slice has {len(extents)} axes, not {len(whole.shape)}")
-        box = tuple((at, d - at if n < 0 else n) for (at, n), d in zip(extents, whole.shape, strict=True))
-        piece = slices.pop(_slice_key(name, extents), None)
+        box, key = read_slice(part, name, whole.shape)
+        piece = slices.pop(key, None)
         if piece is None:
             raise Malformed(f"its slice {box} is missing")
         if piece.dtype != whole.dtype or piece.shape != tuple(length for _, length in box):
             raise Malformed(f"its slice {box} holds another dtype or shape")
         boxes.append(box)
         yield box, piece
-    if not _covers_once(whole.shape, boxes):
-        raise Malformed(f"its {len(boxes)} slices overlap or do not cover its shape {whole.shape}")
-
-
-def _slice_key(name: str, extents: Sequence[tuple[int, int]]) -> bytes:
-    r"""Where the table keeps a slice: name, rank, and start and length (-1: the whole axis) on each axis.
-
-    >>> _slice_key("w", [(0, 2), (64, -1)])
-    b'\x00w\x00\x01\x01\x02\x80\x82\xc0@\x7f'
-    """
-    escaped = name.encode().replace(b"\0", b"\0\xff")
-    numbers = b"".join(_ordered(number) for extent in extents for number in extent)
-    return b"\0" + escaped + b"\0\1" + (bytes([1, len(extents)]) if extents else b"\0") + numbers
-
-
-def _ordered(number: int) -> bytes:
-    """OrderedCode's signed number: n bytes in two's complement, the first n bits flipped."""
-    n = (~number if number < 0 else number).bit_length() // 7 + 1
-    return ((number ^ ((1 << n) - 1) << 7 * n) & (1 << 8 * n) - 1).to_bytes(n, "big")
-
-
-def _covers_once(shape: tuple[int, ...], boxes: list[Box]) -> bool:
-    """Whether every element of `shape` lies in exactly one box.
-
-    A sum of boxes is known by its signed corners (its mixed derivative), so no box is compared with another.
-
-    >>> _covers_once((4, 2), [((0, 3), (0, 2)), ((3, 1), (0, 2))])
-    True
-    >>> _covers_once((4, 2), [((0, 3), (0, 2)), ((2, 1), (0, 2))])
-    False
-    """
-    axes = [axis for axis, length in enumerate(shape) if any(box[axis] != (0, length) for box in boxes)]
-    if len(axes) > MAX_SPLIT_AXES:
-        raise Malformed(f"its slices split {len(axes)} axes; {MAX_SPLIT_AXES} is what is read here")
-    corners: Counter[tuple[int, ...]] = Counter()
-    for box, sign in [*((box, 1) for box in boxes), (tuple((0, length) for length in shape), -1)]:
-        for ends in product(*(((box[a][0], 1), (box[a][0] + box[a][1], -1)) for a in axes)):
-            corners[tuple(at for at, _ in ends)] += sign * math.prod(s for _, s in ends)
-    return not any(corners.values())
+    check_cover(whole.shape, boxes)
 
 
 def _open_shards(prefix: Path, count: int, index: SourceFile, entries: dict[str, Entry]) -> dict[int, SourceFile]:
@@ -292,11 +216,3 @@ def _string_lengths(raw: memoryview, count: int) -> tuple[list[int], int]:
     if at + 4 + sum(lengths) != len(raw):
         raise Malformed(f"strings of {sum(lengths)} bytes in {len(raw)}")
     return lengths, at
-
-
-@contextmanager
-def _blame(file: SourceFile, name: str | None = None) -> Iterator[None]:
-    try:
-        yield
-    except Malformed as error:
-        raise DamagedCheckpoint(str(error), file=file.path, tensor=name) from error

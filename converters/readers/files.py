@@ -8,11 +8,12 @@ import mmap
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import CheckpointError, DamagedCheckpoint
 
-__all__ = ["SourceFile"]
+__all__ = ["SourceFile", "Window"]
 
 CHUNK = 8 << 20
 HUGE = 4 << 20
@@ -81,6 +82,31 @@ class SourceFile:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a source file, read as if it were a file of its own. Raises DamagedCheckpoint if it is not there."""
+
+    file: SourceFile
+    start: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.size < 0 or self.start + self.size > self.file.size:
+            problem = f"bytes {self.start} to {self.start + self.size} lie outside its {self.file.size}"
+            raise DamagedCheckpoint(problem, file=self.file.path, cure="is the download complete?")
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
+        """Exactly `nbytes` bytes from `offset` in fresh, writable memory; DamagedCheckpoint beyond the end."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            problem = f"bytes {offset} to {offset + nbytes} of its part at {self.start} lie outside {self.size}"
+            raise DamagedCheckpoint(problem, file=self.path, tensor=tensor)
+        return self.file.read(self.start + offset, nbytes, tensor)
 
 
 def _fresh(nbytes: int) -> memoryview:

@@ -21,12 +21,10 @@ from converters.errors import ConverterError, DamagedCheckpoint, UnsafeCheckpoin
 from converters.readers import hdf5_messages as messages
 from converters.readers.hdf5_chunks import join_chunks
 from converters.readers.hdf5_messages import FLETCHER32, UNDEFINED, Attribute
-from converters.readers.hdf5_structures import ATTRIBUTE, LAYOUT, LONGEST_PATH, Dataset, Parser, Stretch
+from converters.readers.hdf5_structures import ATTRIBUTE, LAYOUT, LONGEST_PATH, SIGNATURE, Dataset, Parser, Stretch
 from converters.tensors import LazyTensor, TensorSpec
 
 __all__ = ["SIGNATURE", "Hdf5", "Stretch", "faults", "open_hdf5"]
-
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Hdf5:
     def text(self, group: str, name: str) -> str | None:
         """The string that a group's attribute is; None where there is none."""
         attribute = self.groups[group].get(name)
-        return (self.texts(group, name) or [None])[0] if attribute and attribute.shape == () else None
+        found = self.texts(group, name) if attribute and attribute.shape == () else None
+        return found[0] if found else None
 
     def texts(self, group: str, name: str) -> list[str] | None:
         """The strings that a group's attribute holds, or `name0`, `name1`, ... where Keras had to split it."""
@@ -70,9 +69,11 @@ class Hdf5:
     def _read(self, dataset: Dataset, name: str) -> memoryview:
         stretch = self._parser.stretch
         with faults(self.file, name):
+            if not dataset.nbytes:
+                return memoryview(bytearray())
             if not dataset.chunk_shape:
-                return stretch.read(dataset.address if dataset.nbytes else 0, dataset.nbytes, name)
-            itemsize = dataset.nbytes // max(1, math.prod(dataset.shape))
+                return stretch.read(dataset.address, dataset.nbytes, name)
+            itemsize = dataset.nbytes // math.prod(dataset.shape)
             chunks, read = dataset.chunks, lambda address, nbytes: stretch.read(address, nbytes, name)
             return join_chunks(chunks, read, dataset.filters, dataset.shape, dataset.chunk_shape, itemsize)
 
@@ -85,9 +86,9 @@ def faults(file: Path, tensor: str | None = None) -> Iterator[None]:
     except ConverterError as error:
         if error.file is not None:
             raise
-        raise type(error)(error.problem, file=file, tensor=tensor, cure=error.cure) from error
+        raise type(error)(error.problem, file=file, tensor=error.tensor or tensor, cure=error.cure) from error
     except (MemoryError, RecursionError) as error:
-        raise UnsafeCheckpoint("needs more memory than there is", file=file, tensor=tensor) from error
+        raise UnsafeCheckpoint("is too large or too deeply nested to be read", file=file, tensor=tensor) from error
     except (
         *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
         *(struct.error, zipfile.BadZipFile, zlib.error),
@@ -120,6 +121,7 @@ def open_hdf5(stretch: Stretch, file: Path) -> Hdf5:
                     raise UnsafeCheckpoint("stands in the file a second time", file=file, tensor=here)
                 if len(here) > LONGEST_PATH or here in paths or not name or "/" in name:
                     raise UnsafeCheckpoint("has a name that is too long, or not its own", file=file, tensor=here)
+                parser.charge(len(here))
                 seen.add(child)
                 paths.add(here)
                 pending.append((here, child))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from converters.errors import CheckpointError, UnsafeCheckpoint
 
 __all__ = [
+    "AGAIN",
     "FLETCHER32",
     "GZIP",
     "SHUFFLE",
@@ -93,7 +94,7 @@ def parse_shape(body: memoryview) -> tuple[int, ...] | None:
 def parse_type(body: memoryview) -> Datatype:
     kind, bits = body[0] & 15, int.from_bytes(body[1:4], "little")
     (size,) = struct.unpack_from("<I", body, 4)
-    words = KINDS[kind]
+    words = KINDS[kind] + " of an unusual form" * (kind < 2)
     if kind == 0:
         offset, precision = struct.unpack_from("<HH", body, 8)
         if size in (1, 2, 4, 8) and not bits & 1 and (offset, precision) == (0, 8 * size):

@@ -5,7 +5,7 @@
     group           a B-tree ("TREE") of symbol tables ("SNOD"), their names in a heap ("HEAP"); or link messages
     text            of variable length lies in global heaps ("GCOL"), by address and index
 
-Each is read once, so all of them together are no longer than the file: a parser gives up where they are, which
+Each is read once, so all of them together are no longer than the file: a parser gives up where they are longer, which
 bounds every cycle and every bomb. Malformed bytes raise ValueError, LookupError or struct.error, and CheckpointErrors
 here name no file: `hdf5.faults` turns the first into the second and adds the names.
 """
@@ -22,15 +22,16 @@ from typing import Protocol
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
 from converters.readers import hdf5_messages as messages
 from converters.readers.hdf5_chunks import Chunk
-from converters.readers.hdf5_messages import UNDEFINED, Attribute, Filter
+from converters.readers.hdf5_messages import AGAIN, UNDEFINED, Attribute, Filter
 
-__all__ = ["ATTRIBUTE", "LAYOUT", "LONGEST_PATH", "Dataset", "Parser", "Stretch"]
+__all__ = ["ATTRIBUTE", "LAYOUT", "LONGEST_PATH", "SIGNATURE", "Dataset", "Parser", "Stretch"]
 
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 EXPANSION = 1100  # bytes declared for one stored; deflate reaches 1032
 ROOMY_CHUNK = 16 << 20  # bytes that a chunk may take however small its dataset
-LONGEST_PATH = 4096  # characters; bounds the depth of groups too
+LONGEST_PATH = 1024  # characters; bounds the depth of groups too
+MOST_STRUCTURES = 64 << 20  # bytes; some 20,000 layers
 MOST_TEXT = 32 << 20  # bytes, of all attributes together
-AGAIN = "load and save it again with Keras"
 
 SPACE, LINKS, TYPE, LINK, EXTERNAL, LAYOUT = 0x1, 0x2, 0x3, 0x6, 0x7, 0x8  # types of messages
 FILTERS, ATTRIBUTE, CONTINUATION, SYMBOLS, ATTRIBUTES = 0xB, 0xC, 0x10, 0x11, 0x15
@@ -65,20 +66,28 @@ class Parser:
 
     def __init__(self, stretch: Stretch) -> None:
         self.stretch = stretch
-        self.room = 2 * stretch.size + (64 << 10)  # bytes of structures still to be read
+        self.room = min(2 * stretch.size + (64 << 10), MOST_STRUCTURES)  # bytes of structures still to be read
         self.text_room = MOST_TEXT
         self.data_room = stretch.size  # bytes of tensors, as stored
         self.heaps: dict[int, dict[int, memoryview]] = {}
 
     def take(self, address: int, nbytes: int) -> memoryview:
+        """Bytes of a structure."""
+        self.charge(nbytes)
+        return self.stretch.read(address, nbytes)
+
+    def charge(self, nbytes: int) -> None:
         self.room -= nbytes
         if self.room < 0:
-            raise UnsafeCheckpoint("its structures lie within one another")
-        return self.stretch.read(address, nbytes)
+            raise UnsafeCheckpoint("its structures lie within one another, or are too many")
 
     def root(self) -> int:
         """The address of the root's header."""
-        head = self.take(0, min(96, self.stretch.size))
+        head = self.take(0, min(100, self.stretch.size))
+        if bytes(head[:8]) != SIGNATURE:
+            raise ValueError("no HDF5 where it should be")
+        if len(head) < 100:
+            raise DamagedCheckpoint(f"ends after {len(head)} bytes", cure="is the download complete?")
         version = head[8]
         if version > 3:
             raise CheckpointError(f"is HDF5 with a superblock of version {version}", cure=AGAIN)
@@ -198,6 +207,7 @@ class Parser:
             yield Chunk(tuple(corner[:-1]), address, nbytes, mask)
 
     def spend(self, nbytes: int) -> None:
+        """Account for bytes of a tensor."""
         self.data_room -= nbytes
         if self.data_room < 0:
             raise UnsafeCheckpoint("shares its bytes with other tensors: together they are larger than the file")

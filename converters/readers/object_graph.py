@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from converters.readers.bundle import Entry
 from converters.readers.protobuf import Malformed, Message
 
-__all__ = ["GRAPH_KEY", "OPTIMIZER", "name_variables"]
+__all__ = ["GRAPH_KEY", "METRICS", "OPTIMIZER", "VALUE", "Node", "name_variables", "parse_graph"]
 
 GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 OPTIMIZER = "/.OPTIMIZER_SLOT/"  # stands in the names of what an optimizer keeps, and in no others
@@ -27,20 +27,26 @@ OPTIMIZER_CHILDREN = ({"_iterations", "_variables"}, {"iter", "learning_rate"}) 
 
 
 @dataclass(frozen=True, slots=True)
-class _Node:
+class Node:
+    """A Python object that was saved."""
+
     children: dict[str, int]
     variables: dict[str, str]  # checkpoint key: full name
     is_optimizer: bool
 
 
-def name_variables(graph: memoryview, entries: Mapping[str, Entry]) -> dict[str, str]:
+def parse_graph(graph: memoryview) -> list[Node]:
+    """The nodes of a TrackableObjectGraph. Raises Malformed."""
+    return [_node(message) for message in Message(graph).messages(1)]
+
+
+def name_variables(nodes: list[Node], entries: Mapping[str, Entry]) -> dict[str, str]:
     """Key -> name for all of `entries` but the second copies that an exported model holds.
 
     A variable goes by its full name; where several share one, or it has none, by its key without VALUE.
     An optimizer's slots are called `VARIABLE/.OPTIMIZER_SLOT/OPTIMIZER/SLOT`, and whatever else it keeps
     `optimizer/.OPTIMIZER_SLOT/FULL_NAME`. Raises Malformed where the graph is damaged.
     """
-    nodes = [_node(message) for message in Message(graph).messages(1)]
     kept_by_optimizers = set(_kept_by_optimizers(nodes))
     full_names = {key: name for node in nodes for key, name in node.variables.items()}
     mirrored = set(_mirrored(entries, full_names))
@@ -64,13 +70,13 @@ def name_variables(graph: memoryview, entries: Mapping[str, Entry]) -> dict[str,
     return names
 
 
-def _node(message: Message) -> _Node:
+def _node(message: Message) -> Node:
     children = {child.text(2): child.integer(1) for child in message.messages(1)}
     variables = {attribute.text(3): attribute.text(2) for attribute in message.messages(2)}
-    return _Node(children, variables, 3 in message or any(kind <= children.keys() for kind in OPTIMIZER_CHILDREN))
+    return Node(children, variables, 3 in message or any(kind <= children.keys() for kind in OPTIMIZER_CHILDREN))
 
 
-def _kept_by_optimizers(nodes: list[_Node]) -> Iterator[str]:
+def _kept_by_optimizers(nodes: list[Node]) -> Iterator[str]:
     """Keys of the variables that lie directly in an optimizer or in its list of its own."""
     for node in nodes:
         if node.is_optimizer:
@@ -79,7 +85,7 @@ def _kept_by_optimizers(nodes: list[_Node]) -> Iterator[str]:
                 yield from _child(nodes, child).variables
 
 
-def _child(nodes: list[_Node], number: int) -> _Node:
+def _child(nodes: list[Node], number: int) -> Node:
     if number not in range(len(nodes)):
         raise Malformed(f"the object graph has no node {number}")
     return nodes[number]

@@ -8,6 +8,7 @@ same, since it would run in any other program; that list is a courtesy, safety d
 
 from __future__ import annotations
 
+import io
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from typing import Any, Protocol
 
 from converters.errors import DamagedCheckpoint, UnsafeCheckpoint, printable
 
-__all__ = ["MAX_BYTES", "Opaque", "Stream", "Symbol", "load"]
+__all__ = ["MAX_BYTES", "Blob", "Opaque", "Stream", "Symbol", "load"]
 
 MAX_BYTES = 256 << 20  # of one pickle; training logs of real files reach tens of MB
+MIN_BLOB = 1 << 14  # bytes of what is worth leaving in the file
 MAX_STEPS = 4_000_000  # opcodes and copied items; a large model with its optimizer takes some 100,000
 
 RUNS_CODE = frozenset({  # modules; by root, or wherever a dotted name walks into them
@@ -53,6 +55,16 @@ class Opaque:
     why: str | None = None  # why it is no tensor, where the reader knows that one was meant
     items: dict[Any, Any] | None = None  # of a dict's subclass
     state: Any = None  # what its __setstate__ would have been given
+    arguments: tuple[Any, ...] = ()  # of the call that would have made it
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """Bytes, or text in UTF-8, that were left where they lie."""
+
+    offset: int
+    nbytes: int
+    is_text: bool
 
 
 class Stream(Protocol):
@@ -66,23 +78,44 @@ class Stream(Protocol):
 Meanings = Mapping[Symbol, Callable[..., Any]]
 
 
-def load(stream: Stream, file: Path, meanings: Meanings, resolve: Callable[[Any], Any]) -> Any:
+def load(
+    stream: Stream,
+    file: Path,
+    meanings: Meanings,
+    resolve: Callable[[Any], Any],
+    skip: Callable[[int], bool] | None = None,
+) -> Any:
     """The value of the pickle at `stream`, which is left behind its last byte.
 
     `meanings` says what a call of a symbol yields, given the call's arguments; `resolve` gives the object of a
-    persistent id. Either may raise ValueError or TypeError for what makes no sense.
+    persistent id. Either may raise ValueError or TypeError for what makes no sense. With `skip`, which
+    moves the stream by so many bytes or says False if it has not as many, long bytes and text become a Blob.
     Raises DamagedCheckpoint for a malformed pickle, UnsafeCheckpoint for code and bombs.
     """
     machine = _Machine(file, {**COLLECTIONS, **meanings}, resolve)
     try:
-        for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]
+        while (opcode := CODES[stream.read(1)]).name != "STOP":
             machine.spend(1)
+            argument = _argument(opcode, stream, skip) if opcode.arg else None
             OPCODES[opcode.name](machine, argument)
         return machine.stack.pop()
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise DamagedCheckpoint(
             f"its pickle breaks off or makes no sense at byte {stream.tell()}", file=file, cure="fetch it again"
         ) from error
+
+
+def _argument(opcode: Any, stream: Any, skip: Callable[[int], bool] | None) -> Any:
+    width = LONG.get(opcode.name) if skip else None
+    if not width:
+        return opcode.arg.reader(stream)
+    length = stream.read(width)
+    nbytes, offset = int.from_bytes(length, "little"), stream.tell()
+    if nbytes < MIN_BLOB:
+        return opcode.arg.reader(io.BytesIO(length + stream.read(nbytes)))
+    if not (skip and skip(nbytes)):
+        raise ValueError
+    return Blob(offset, nbytes, "UNICODE" in opcode.name)
 
 
 class _Machine:
@@ -151,7 +184,7 @@ class _Machine:
             raise TypeError
         meaning = self.meanings.get(function)
         if meaning is None:
-            return Opaque(function)
+            return Opaque(function, arguments=arguments)
         self.spend(sum(len(argument) for argument in arguments if isinstance(argument, list | tuple | dict)))
         return meaning(*arguments)
 
@@ -212,10 +245,13 @@ COLLECTIONS: Meanings = {
     Symbol("collections", "OrderedDict"): _mapping,
     Symbol("collections", "Counter"): _mapping,
     Symbol("collections", "defaultdict"): lambda factory=None, items=(): _mapping(items),
+    Symbol("builtins", "tuple"): lambda items=(): tuple(items),
     Symbol("builtins", "set"): list,
     Symbol("builtins", "frozenset"): list,
 }
 
+CODES = {code.code.encode("latin-1"): code for code in pickletools.opcodes}
+LONG = {"BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8, "BINUNICODE": 4, "BINUNICODE8": 8, "BINSTRING": 4}
 LITERALS = [  # opcodes that push their own argument
     code.name
     for code in pickletools.opcodes

@@ -6,7 +6,6 @@ checksum.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
 from converters.readers import Contents
 from converters.readers.files import SourceFile
+from converters.readers.strict_json import parse_json
 from converters.tensors import DTYPES, LazyTensor, TensorSpec
 
 __all__ = ["FORMAT", "accepts", "read"]
 
 FORMAT = "safetensors"
 MAX_HEADER = 100_000_000  # bytes, as the library has it
-MAX_MARKS = 4_000_000  # brackets and commas in a header, which bound what it costs to parse; a tensor has about ten
 NAMES = {code: name for name, (code, _) in DTYPES.items()}
 
 
@@ -39,7 +38,7 @@ def _open_shard(source: SourceFile) -> dict[str, Any]:
     length = int.from_bytes(source.read(0, 8), "little")
     if length > MAX_HEADER:
         raise UnsafeCheckpoint(f"its header takes {length:,} bytes", file=source.path)
-    header = _parse(bytes(source.read(8, length)), source.path)
+    header = parse_json(bytes(source.read(8, length)), source.path, "its header")
     tree: dict[str, Any] = {}
     if "__metadata__" in header:
         tree["__metadata__"] = metadata = header.pop("__metadata__")
@@ -86,27 +85,3 @@ def _are_sizes(values: Any) -> bool:
         and len(values) <= 64
         and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
     )
-
-
-def _parse(header: bytes, path: Path) -> dict[str, Any]:
-    if sum(header.count(mark) for mark in (b"[", b"{", b",")) > MAX_MARKS:
-        raise UnsafeCheckpoint(f"its header has more than {MAX_MARKS:,} brackets and commas", file=path)
-    try:
-        parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_distinct)
-    except (RecursionError, MemoryError) as error:
-        raise UnsafeCheckpoint("its header is nested too deeply", file=path) from error
-    except ValueError as error:
-        raise DamagedCheckpoint("its header is not valid JSON with distinct names", file=path) from error
-    if not isinstance(parsed, dict):
-        raise DamagedCheckpoint("its header is not a JSON object", file=path)
-    return parsed
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a name that stands twice and for text that no UTF-8 can hold."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError
-    for key, value in pairs:
-        (key + value if isinstance(value, str) else key).encode("utf-8")
-    return found

@@ -1,143 +1,90 @@
-"""TensorFlow checkpoints: bundles, as `tf.compat.v1.train.Saver` and `tf.train.Checkpoint` write them.
+"""TensorFlow checkpoints, as `tf.compat.v1.train.Saver` and `tf.train.Checkpoint` write them.
 
-No file bears a checkpoint's name: `model.ckpt` means `model.ckpt.index` beside `model.ckpt.data-?????-of-?????`.
-`read` takes that prefix, any of those files, a folder that holds one bundle, a `checkpoint` file (which names the
-latest of several in its folder) or its folder, or a SavedModel's folder, of which only the variables are opened.
+`read` takes a bundle's prefix or any of its files, a table of the first format, a `checkpoint` file (which names the
+latest of several in its folder), or a folder that holds one checkpoint or such a file.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
+from converters.errors import DamagedCheckpoint, UnsafeCheckpoint
 from converters.readers import Contents
-from converters.readers.bundle import NUMBERS, STRING, Bundle, open_bundle
-from converters.readers.files import SourceFile
-from converters.readers.object_graph import GRAPH_KEY, name_variables
-from converters.readers.protobuf import Malformed
-from converters.readers.sstable import is_table
+from converters.readers.bundle import Bundle, open_bundle
+from converters.readers.object_graph import GRAPH_KEY, METRICS, Node, name_variables, parse_graph
+from converters.readers.protobuf import blame
+from converters.readers.tensor_protos import TENSORFLOW
+from converters.readers.tensorflow_paths import find_tables, is_checkpoint, resolve
+from converters.readers.tensorflow_tables import open_tables
 
-__all__ = ["FORMAT", "accepts", "read"]
+__all__ = ["FORMAT", "accepts", "own_graph", "read", "read_bundle"]
 
 FORMAT = "TensorFlow checkpoint"
-DATA_FILE = re.compile(r"(.+)\.data-\d{5,}-of-\d{5,}")
-STATE = re.compile(rb'\s*model_checkpoint_path\s*:\s*"((?:[^"\\\n]|\\.)*)"')  # text of a CheckpointState message
+STRING = 7  # TensorFlow's DataType
 MAX_GRAPH = 1 << 22  # bytes; a thousand layers take a million
 MAX_TEXT = 1 << 20  # bytes of all string tensors that are kept
-LEFT_OUT = {7: "text", 18: "complex128", 20: "a resource", 21: "a variant"}
 
-
-def accepts(path: Path, head: bytes) -> bool:
-    if path.is_dir():
-        return _state(path / "checkpoint") is not None or bool(_indexes(path))
-    if not path.exists():
-        return path.with_name(f"{path.name}.index").is_file()
-    if DATA_FILE.fullmatch(path.name):
-        return True
-    if path.suffix == ".index" and path.with_suffix(".data-00000-of-00001").is_file():
-        return True  # whatever it holds, so that the error names what is wrong with it
-    return bool(STATE.match(head)) or is_table(SourceFile(path))
+accepts = is_checkpoint
 
 
 def read(path: Path) -> Contents:
-    """Every variable under its own name, in one flat dict.
+    """Every variable under its own name, in one flat dict; see `read_bundle`."""
+    path = resolve(path)
+    if paths := find_tables(path):
+        tables = open_tables(paths)
+        writer = f"TensorFlow Saver, first format (producer version {tables.producer})"
+        return Contents(dict(tables.tensors), tables.files, "CRC-32C of every block", writer)
+    bundle = open_bundle(path)
+    return read_bundle(bundle, own_graph(bundle))
 
-    Optimizers' variables have `/.OPTIMIZER_SLOT/` in their names where the checkpoint has an object graph. Small
-    string tensors are plain text; types that hold no numbers are a sentence that says so.
+
+def read_bundle(bundle: Bundle, graph: list[Node] | None) -> Contents:
+    """A bundle's variables under the names that `graph` gives them, or under their keys.
+
+    Optimizers' variables have `/.OPTIMIZER_SLOT/` in their names where there is an object graph. Small string tensors
+    are plain text; types that hold no numbers are a sentence that says so.
     """
-    bundle = open_bundle(_prefix(path))
     tree: dict[str, Any] = {}
+    set_aside: dict[str, str] = {}
     room = MAX_TEXT
-    for key, name in _names(bundle).items():
+    keys = [key for key in bundle.entries if key != GRAPH_KEY]
+    names = dict(zip(keys, keys, strict=True))
+    if graph is not None:
+        with blame(bundle.index, GRAPH_KEY):
+            names = name_variables(graph, {key: bundle.entries[key] for key in keys})
+    for key, name in names.items():
         if name in tree:
             raise DamagedCheckpoint("is the name of two tensors", file=bundle.index.path, tensor=name)
         entry = bundle.entries[key]
-        if entry.dtype in NUMBERS:
+        if graph is not None and key.startswith(METRICS):
+            set_aside[f"{METRICS}**"] = "what metrics have counted"
+        elif entry.dtype in TENSORFLOW.dtypes:
             tree[name] = bundle.tensor(key, name)
         elif entry.dtype == STRING and not entry.pieces and entry.size <= room:
             room -= entry.size
             texts = [str(text, "utf-8", "backslashreplace") for text in bundle.strings(key)]
             tree[name] = texts if entry.shape else texts[0]
         else:
-            tree[name] = f"left out: it holds {LEFT_OUT.get(entry.dtype, f'elements of type {entry.dtype}')}"
+            tree[name] = TENSORFLOW.refusal(entry.dtype)
     return Contents(
         tree=tree,
         files=(bundle.index, *bundle.shards.values()),
         integrity="CRC-32C of every tensor",
         writer=f"TensorFlow bundle (producer version {bundle.producer})",
+        set_aside=set_aside,
     )
 
 
-def _names(bundle: Bundle) -> dict[str, str]:
-    """Key -> name of everything but the object graph itself."""
-    entries = dict(bundle.entries)
-    graph = entries.pop(GRAPH_KEY, None)
-    if graph is None:
-        return {key: key for key in entries}
-    file = bundle.index.path
-    if graph.size > MAX_GRAPH:
-        raise UnsafeCheckpoint(f"an object graph of {graph.size} bytes is beyond reason", file=file, tensor=GRAPH_KEY)
-    if (graph.dtype, graph.shape, graph.pieces) != (STRING, (), ()):
-        raise DamagedCheckpoint("is not one string", file=file, tensor=GRAPH_KEY)
-    try:
-        return name_variables(bundle.strings(GRAPH_KEY)[0], entries)
-    except Malformed as error:
-        raise DamagedCheckpoint(str(error), file=file, tensor=GRAPH_KEY) from error
-
-
-def _prefix(path: Path) -> Path:
-    """What the names of the bundle's files begin with."""
-    if path.is_dir():
-        if (named := _state(path / "checkpoint")) is not None:
-            return _latest(path / "checkpoint", named)
-        match _indexes(path):
-            case [index]:
-                return index.with_suffix("")
-            case several:
-                names = ", ".join(printable(index.stem) for index in several[:5])
-                raise CheckpointError(f"holds {len(several)} checkpoints ({names})", file=path, cure="name one of them")
-    if not path.exists():
-        return path
-    if match := DATA_FILE.fullmatch(path.name):
-        return path.with_name(match[1])
-    if path.suffix == ".index":
-        return path.with_suffix("")
-    if (named := _state(path)) is not None:
-        return _latest(path, named)
-    raise CheckpointError(
-        "is a table without data files: TensorFlow's first format, or an index under another name",
-        file=path,
-        cure="save it again with tf.compat.v1.train.Saver, or call it PREFIX.index beside its data files",
-    )
-
-
-def _indexes(folder: Path) -> list[Path]:
-    """The index files in a folder, or else those of the SavedModel that it is."""
-    return sorted(folder.glob("*.index")) or sorted(folder.glob("variables/variables.index"))
-
-
-def _state(path: Path) -> bytes | None:
-    """What a `checkpoint` file names as the latest, still escaped; None where `path` is no such file."""
-    if not path.is_file():
+def own_graph(bundle: Bundle) -> list[Node] | None:
+    """The bundle's own object graph."""
+    entry = bundle.entries.get(GRAPH_KEY)
+    if entry is None:
         return None
-    file = SourceFile(path)
-    found = STATE.match(file.read(0, min(file.size, 1 << 16)))
-    return bytes(found[1]) if found else None
-
-
-def _latest(state: Path, named: bytes) -> Path:
-    """The prefix that the `checkpoint` file `state` names; it may not leave the file's folder."""
-    try:
-        name = named.decode("unicode_escape").encode("latin-1").decode()
-    except UnicodeError as error:
-        raise DamagedCheckpoint("names a checkpoint by what is not UTF-8", file=state) from error
-    prefix = Path(os.path.normpath(state.parent / name))
-    shown, cure = f'names "{printable(name)}" as the latest', "give the path of the checkpoint itself"
-    if "\0" in name or not Path(os.path.realpath(prefix.parent)).is_relative_to(os.path.realpath(state.parent)):
-        raise UnsafeCheckpoint(f"{shown}, which lies outside its folder", file=state, cure=cure)
-    if not os.path.isfile(f"{prefix}.index"):
-        raise CheckpointError(f"{shown}, of which there is no index", file=state, cure=cure)
-    return prefix
+    file = bundle.index.path
+    if entry.size > MAX_GRAPH:
+        raise UnsafeCheckpoint(f"an object graph of {entry.size} bytes is beyond reason", file=file, tensor=GRAPH_KEY)
+    if (entry.dtype, entry.shape, entry.pieces) != (STRING, (), ()):
+        raise DamagedCheckpoint("is not one string", file=file, tensor=GRAPH_KEY)
+    with blame(bundle.index, GRAPH_KEY):
+        return parse_graph(bundle.strings(GRAPH_KEY)[0])

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from converters.errors import DamagedCheckpoint, UnsafeCheckpoint, printable
-from converters.readers.files import CHUNK, SourceFile
+from converters.readers.files import CHUNK, SourceFile, Window
 from converters.readers.pickles import Opaque, Symbol
 from converters.tensors import DTYPES, LazyTensor, TensorSpec
 
-__all__ = ["MEANINGS", "Record", "Storage", "View", "resolve", "why_no_tensor"]
+__all__ = ["Record", "Storage", "View", "are_sizes", "gather", "resolve"]
 
 MAX_EXPANDED = 1 << 20  # bytes that an expanded view (stride 0) may take when its storage holds fewer
 
@@ -62,7 +62,7 @@ class Storage:
 class Record:
     """The bytes of one storage in the file, with their CRC-32 where the file has it."""
 
-    file: SourceFile
+    file: SourceFile | Window
     offset: int
     nbytes: int
     crc: int | None = None
@@ -104,7 +104,7 @@ class View:
         if record.nbytes != self.storage.nbytes:
             raise fault(f"its storage takes {self.storage.nbytes} bytes, but the file has {record.nbytes}")
         offset, shape, strides = self.offset, self.shape, self.strides
-        if not (_are_sizes([offset]) and _are_sizes(shape) and _are_sizes(strides) and len(shape) == len(strides)):
+        if not (are_sizes([offset]) and are_sizes(shape) and are_sizes(strides) and len(shape) == len(strides)):
             raise fault("its offset, shape or strides make no sense")
         spec = TensorSpec(name, tuple(shape), self.dtype)
         if not spec.numel:
@@ -123,7 +123,7 @@ class View:
             )
         read = partial(record.read, first + offset * itemsize, span * itemsize, name)
         if not _is_contiguous(shape, strides):
-            read = partial(_gather, read, spec.shape, tuple(strides), itemsize)
+            read = partial(gather, read, spec.shape, tuple(strides), itemsize)
         return LazyTensor(spec, read)
 
 
@@ -135,70 +135,12 @@ def resolve(name: Any) -> Any:
     symbol, key, _location, numel, *view = details
     _, first, count = view[0] if view and view[0] is not None else (None, 0, numel)
     known = kind == "storage" and symbol.module in ("torch", "torch.cuda", "torch.storage")
-    if not (known and isinstance(key, str) and _are_sizes([first, count, numel]) and first + count <= numel):
+    if not (known and isinstance(key, str) and are_sizes([first, count, numel]) and first + count <= numel):
         raise ValueError
     return Storage(key, *STORAGES[symbol.name], numel, (first, count))
 
 
-def why_no_tensor(symbol: Symbol) -> str | None:
-    """The reason why what `symbol` makes is no tensor here; None if it would not be one anywhere."""
-    if symbol.module.startswith("torch.distributed"):
-        return "is one process's part of a distributed tensor; gather the full state dict and save that"
-    return REASONS.get(symbol.name) if symbol.module.startswith("torch.") else None
-
-
-REASONS = {
-    "_rebuild_qtensor": "is quantized; dequantize it and save again",
-    "_rebuild_sparse_tensor": "is sparse; save it with .to_dense()",
-    "_rebuild_nested_tensor": "is a nested tensor; save its parts",
-    "_rebuild_meta_tensor_no_storage": "has no data: it was saved from the meta device",
-    "_rebuild_device_tensor_from_numpy": "was saved on an accelerator; save it from the CPU",
-    "_rebuild_xla_tensor": "was saved on an accelerator; save it from the CPU",
-    "UninitializedParameter": "was never initialized",
-}
-
-
-def _rebuild_typed(
-    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any = None, _hooks: Any = None, bits: Any = None
-) -> View | Opaque:
-    if not isinstance(storage, Storage):
-        return Opaque(Symbol("torch", "Tensor"), "was pickled without torch.save")
-    return _rebuild_untyped(storage, offset, shape, strides, _grad, _hooks, Symbol("torch", storage.dtype), bits)
-
-
-def _rebuild_untyped(
-    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, bits: Any = None
-) -> View | Opaque:
-    if not isinstance(storage, Storage) or not isinstance(dtype, Symbol):
-        raise TypeError
-    if bits:
-        return Opaque(Symbol("torch", "Tensor"), "is conjugated or negated lazily; save it with .resolve_conj()")
-    return View(storage, dtype.name, offset, shape, strides)
-
-
-def _rebuild_subclass(function: Any, kind: Any, arguments: Any, _state: Any = None) -> View | Opaque:
-    if not isinstance(kind, Symbol):
-        raise TypeError
-    rebuild = TENSORS.get(function)
-    return rebuild(*arguments) if rebuild else Opaque(kind, why_no_tensor(kind) or f"is a {kind}, not a plain tensor")
-
-
-TENSORS: dict[Symbol, Callable[..., View | Opaque]] = {
-    Symbol("torch._utils", "_rebuild_tensor"): _rebuild_typed,
-    Symbol("torch._utils", "_rebuild_tensor_v2"): _rebuild_typed,
-    Symbol("torch._utils", "_rebuild_tensor_v3"): _rebuild_untyped,
-}
-MEANINGS: dict[Symbol, Callable[..., Any]] = {
-    **TENSORS,
-    Symbol("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    Symbol("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-    Symbol("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
-    Symbol("torch", "Size"): lambda shape=(): tuple(shape),
-    Symbol("torch", "device"): lambda kind, *_: kind,
-}
-
-
-def _are_sizes(values: Any) -> bool:
+def are_sizes(values: Any) -> bool:
     """Whether these are at most 64 integers that torch could hold."""
     return (
         isinstance(values, tuple | list)
@@ -216,7 +158,7 @@ def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _gather(
+def gather(
     read: Callable[[], memoryview], shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
 ) -> memoryview:
     """A strided view's elements in C order."""

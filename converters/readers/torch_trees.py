@@ -1,4 +1,4 @@
-"""Torch trees: what a torch pickle holds, as dicts whose leaves are lazy tensors and plain values.
+"""Torch trees: what a pickle holds, as dicts whose leaves are lazy tensors and plain values.
 
 Modules that were pickled whole, and TorchScript's, become their state dicts. Sharing and cycles, which a
 pickle may have, cost no more than their size.
@@ -8,41 +8,73 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
-from converters.readers.files import SourceFile
+from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
 from converters.readers.pickles import Opaque, Symbol
-from converters.readers.torch_storages import Record, Storage, View, why_no_tensor
+from converters.readers.torch_quantized import Quantized
+from converters.readers.torch_storages import Record, Storage, View
+from converters.readers.torch_symbols import why_no_tensor
 from converters.tensors import LazyTensor
 
-__all__ = ["build_tree"]
+__all__ = ["build_tree", "open_tensor", "written_by"]
 
 MAX_DEPTH = 200
 MAX_MEMBERS = 1_000_000  # parameters, buffers and submodules of one file, counted as often as they are shared
 MAX_NAME = 10_000  # characters
 SCRIPT_LISTS = "torch.jit._pickle"
+SCRIPT_PACKED = Symbol("__torch__.torch.classes.quantized", "LinearPackedParamsBase")
 GROUPS = ("_parameters", "_buffers", "_modules")
+WRITERS = {  # key in a checkpoint, or in its `meta`: who wrote it
+    "pytorch-lightning_version": "PyTorch Lightning",
+    "mmengine_version": "MMEngine",
+    "mmcv_version": "MMCV",
+}
 Members = list[tuple[Any, Any]]
+OpenLeaf = Callable[[Any, str], Any]
 
 
-def build_tree(value: Any, file: SourceFile, find: Callable[[Storage, str], Record]) -> dict[str, Any]:
+def build_tree(value: Any, file: Path, open_leaf: OpenLeaf) -> dict[str, Any]:
     """The tree of a pickle's value; no tensor's data is read.
 
-    `find` gives a storage's record, and is told the name of the tensor that asks. What has no meaning stays
-    Opaque. Raises CheckpointError.
+    `open_leaf` is given every value and its name, and makes the lazy tensor of one that is a tensor; None says
+    that it is none. What has no meaning stays Opaque. Raises CheckpointError.
     """
-    tree = _Builder(file, find).convert(value, "", 0)
+    tree = _Builder(file, open_leaf).convert(value, "", 0)
     if not isinstance(tree, dict):
         what = "a bare tensor" if isinstance(tree, LazyTensor) else f"a {getattr(tree, 'symbol', type(tree).__name__)}"
-        raise CheckpointError(f"holds {what}, not a state dict", file=file.path, cure="save model.state_dict()")
+        raise CheckpointError(f"holds {what}, not a state dict", file=file, cure="save model.state_dict()")
     return tree
+
+
+def open_tensor(find: Callable[[Storage, str], Record]) -> OpenLeaf:
+    """What opens torch's own tensors; `find` gives a storage's record, and is told the name of who asks."""
+
+    def open_leaf(value: Any, name: str) -> Any:
+        if isinstance(value, View):
+            return value.open(name, find(value.storage, name))
+        return value.open(name, find) if isinstance(value, Quantized) else None
+
+    return open_leaf
+
+
+def written_by(tree: dict[str, Any]) -> str | None:
+    """The training framework that left its version beside the weights.
+
+    >>> written_by({"state_dict": {}, "pytorch-lightning_version": "2.5.1"})
+    'PyTorch Lightning 2.5.1'
+    """
+    meta = tree.get("meta")
+    beside = {**meta, **tree} if isinstance(meta, dict) else tree
+    found = [(name, beside[key]) for key, name in WRITERS.items() if isinstance(beside.get(key), str)]
+    return f"{found[0][0]} {printable(found[0][1], 40)}" if found else None
 
 
 @dataclass
 class _Builder:
-    file: SourceFile
-    find: Callable[[Storage, str], Record]
+    file: Path
+    open_leaf: OpenLeaf
     done: dict[int, Any] = field(default_factory=dict)  # what became of each container, by id
     members: dict[int, Members | None] = field(default_factory=dict)  # of each module, by id
     visited: int = 0  # members
@@ -50,9 +82,9 @@ class _Builder:
     def convert(self, value: Any, name: str, depth: int) -> Any:
         """`value` as a node of the tree; `name` is its key."""
         if depth > MAX_DEPTH:
-            raise UnsafeCheckpoint("its pickle is nested too deeply", file=self.file.path)
-        if isinstance(value, View):
-            return value.open(name, self.find(value.storage, name))
+            raise UnsafeCheckpoint("its pickle is nested too deeply", file=self.file)
+        if (leaf := self.open_leaf(value, name)) is not None:
+            return leaf
         if isinstance(value, Storage):
             return Opaque(Symbol("torch", "UntypedStorage"), "is a bare storage, not a tensor")
         if isinstance(value, Symbol):
@@ -70,6 +102,8 @@ class _Builder:
         if isinstance(value, Opaque):
             if value.items is not None:
                 return self.mapping(value.items.items(), depth)
+            if value.symbol == SCRIPT_PACKED and isinstance(value.state, tuple):
+                return self.container(value.state, depth)
             if (members := self.members_of(value)) is not None:
                 return self.mapping(self.flatten(members, "", depth), depth)
             value.why = value.why or why_no_tensor(value.symbol)
@@ -84,7 +118,7 @@ class _Builder:
             name = str(key.symbol if isinstance(key, Opaque) else key)
             converted = self.convert(value, name, depth + 1)
             if name in node and LazyTensor in (type(converted), type(node[name])):
-                raise DamagedCheckpoint("two tensors have this name", file=self.file.path, tensor=name)
+                raise DamagedCheckpoint("two tensors have this name", file=self.file, tensor=name)
             node[name] = converted
         return node
 
@@ -98,7 +132,7 @@ class _Builder:
         """The state dict of a module that was pickled whole, not converted yet; a shared submodule comes twice."""
         self.visited += 1 + len(members)
         if depth > MAX_DEPTH or self.visited > MAX_MEMBERS or len(prefix) > MAX_NAME:
-            raise UnsafeCheckpoint("its modules are nested too deeply", file=self.file.path)
+            raise UnsafeCheckpoint("its modules are nested too deeply", file=self.file)
         for key, value in members:
             if (below := self.members_of(value)) is None:
                 yield f"{prefix}{key}", value
@@ -111,7 +145,7 @@ def _members(module: Opaque) -> Members | None:
     if not isinstance(state, dict):
         return None
     if module.symbol.module.split(".")[0] == "__torch__":  # TorchScript: tensors and modules among lists and numbers
-        members = [(key, value) for key, value in state.items() if isinstance(value, View | Opaque)]
+        members = [(key, value) for key, value in state.items() if isinstance(value, View | Quantized | Opaque)]
         return [item for item in members if not (isinstance(item[1], Opaque) and item[1].symbol.module == SCRIPT_LISTS)]
     groups = [group for name in GROUPS if isinstance(group := state.get(name), dict)]
     if len(groups) < len(GROUPS):

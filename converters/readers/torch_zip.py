@@ -7,25 +7,21 @@ A zip of stored members below one folder: `data.pkl` names the tensors, `data/KE
 from __future__ import annotations
 
 import io
-import struct
-import zipfile
-import zlib
-from bisect import bisect_right
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
+from converters.errors import CheckpointError, DamagedCheckpoint
 from converters.readers import Contents, pickles
 from converters.readers.files import SourceFile
-from converters.readers.torch_storages import MEANINGS, Record, Storage, resolve
-from converters.readers.torch_trees import build_tree
+from converters.readers.torch_archive import AGAIN, Archive
+from converters.readers.torch_storages import Record, Storage, resolve
+from converters.readers.torch_symbols import MEANINGS
+from converters.readers.torch_trees import build_tree, open_tensor, written_by
 
-__all__ = ["FORMAT", "accepts", "read"]
+__all__ = ["FORMAT", "Pickled", "accepts", "read"]
 
 FORMAT = "PyTorch zip"
-MAX_DIRECTORY = 16 << 20  # bytes; some 200,000 members
 INTEGRITY = "CRC-32 of every record"
-AGAIN = "fetch it again"
 
 
 def accepts(path: Path, head: bytes) -> bool:
@@ -33,151 +29,47 @@ def accepts(path: Path, head: bytes) -> bool:
     if not head.startswith(b"PK\x03\x04"):
         return False
     try:
-        names = _Archive.open(path).members
+        names = Archive.open(SourceFile(path)).members
     except CheckpointError:
         return True
-    return any(name.endswith("data.pkl") or "/data/weights/" in name for name in names)
+    return any(name.endswith("data.pkl") for name in names)
 
 
 def read(path: Path) -> Contents:
-    archive = _Archive.open(path)
-    root = archive.root()
-    order = bytes(archive.content(f"{root}byteorder", 16)) if f"{root}byteorder" in archive.members else b"little"
-    if order != b"little":
-        raise CheckpointError(f"its byte order is {order!r}", file=path, cure="save it on a little-endian machine")
-    pickle = io.BytesIO(archive.content(f"{root}data.pkl", pickles.MAX_BYTES))
-    value = pickles.load(pickle, path, MEANINGS, resolve)
-    if pickle.read(1):
-        raise DamagedCheckpoint("bytes follow the pickle in its data.pkl", file=path, cure=AGAIN)
-    records: dict[str, Record] = {}
-
-    def record(storage: Storage, tensor: str) -> Record:
-        if storage.key not in records:
-            records[storage.key] = archive.record(f"{root}data/{storage.key}", tensor)
-        return records[storage.key]
-
-    tree = build_tree(value, archive.file, record)
-    unchecked = sum(record.crc is None and record.nbytes > 0 for record in records.values())
-    integrity = f"none: {unchecked} of {len(records)} records were saved without CRC-32" if unchecked else INTEGRITY
-    return Contents(tree, (archive.file,), integrity)
+    file = SourceFile(path)
+    archive = Archive.open(file)
+    pickled = Pickled(archive)
+    tree = build_tree(pickled.value, path, open_tensor(pickled.find))
+    root, writer = pickled.root, written_by(tree)
+    if f"{root}constants.pkl" in archive.members:
+        writer = "TorchScript"
+        if not tree and f"{root}constants/0" in archive.members:
+            cure = "save it before torch.jit.freeze or optimize_for_inference"
+            raise CheckpointError("is frozen TorchScript: its weights are constants of its code", file=path, cure=cure)
+    return Contents(tree, (file,), pickled.integrity, writer)
 
 
-@dataclass(frozen=True)
-class _Archive:
-    """A zip file's directory. Data is found through the local headers, which must agree with it."""
+class Pickled:
+    """What one archive of torch.save holds: its pickle's value, and the records of its storages as they are found."""
 
-    file: SourceFile
-    members: dict[str, zipfile.ZipInfo]
-    bounds: list[int]  # where members begin, and where the directory does
+    def __init__(self, archive: Archive) -> None:
+        path = archive.file.path
+        self.archive, self.root = archive, archive.root()
+        self.records: dict[str, Record] = {}
+        archive.check_byte_order(self.root)
+        stream = io.BytesIO(archive.content(f"{self.root}data.pkl", pickles.MAX_BYTES))
+        self.value: Any = pickles.load(stream, path, MEANINGS, resolve)
+        if stream.read(1):
+            raise DamagedCheckpoint("bytes follow the pickle in its data.pkl", file=path, cure=AGAIN)
 
-    @classmethod
-    def open(cls, path: Path) -> _Archive:
-        file = SourceFile(path)
-        if file.size < 22 or file.read(file.size - 22, 4) != b"PK\x05\x06":
-            raise DamagedCheckpoint("does not end with a zip directory", file=path, cure="is the download complete?")
-        try:
-            with zipfile.ZipFile(_Seekable(file)) as archive:
-                infos, end = archive.infolist(), archive.start_dir
-        except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, LookupError) as error:
-            raise DamagedCheckpoint("its zip directory is malformed", file=path, cure=AGAIN) from error
-        members = {info.orig_filename: info for info in infos}
-        bounds = [*sorted(info.header_offset for info in infos), end]
-        if bounds[0] != 0:
-            raise UnsafeCheckpoint("its zip members do not begin where the file does", file=path, cure=AGAIN)
-        if len(members) != len(infos):
-            raise UnsafeCheckpoint("two of its zip members have one name", file=path, cure=AGAIN)
-        for name in members:
-            if name.startswith("/") or ".." in name.split("/") or name[1:3] == ":/" or {"\\", "\0"} & set(name):
-                raise UnsafeCheckpoint(f"a zip member would leave its folder: {printable(name)}", file=path)
-        return cls(file, members, bounds)
+    def find(self, storage: Storage, tensor: str) -> Record:
+        """The record of a storage; `tensor` asks for it."""
+        if storage.key not in self.records:
+            self.records[storage.key] = self.archive.record(f"{self.root}data/{storage.key}", tensor)
+        return self.records[storage.key]
 
-    def root(self) -> str:
-        """The folder that holds data.pkl, with its slash."""
-        found = [name for name in self.members if f"/{name}".endswith("/data.pkl")]
-        if len(found) != 1:
-            export = any("/data/weights/" in name for name in self.members)
-            problem = "is a torch.export archive" if export else f"holds {len(found) or 'no'} data.pkl"
-            raise CheckpointError(problem, file=self.file.path, cure="save model.state_dict() with torch.save")
-        return found[0].removesuffix("data.pkl")
-
-    def record(self, name: str, tensor: str | None = None) -> Record:
-        """The bytes of a member; only stored ones, since a deflated one cannot be read by position."""
-        info, start = self.locate(name, tensor)
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(
-                "is compressed in the file", file=self.file.path, tensor=tensor or name, cure="load and save it again"
-            )
-        return Record(self.file, start, info.file_size, info.CRC or None)
-
-    def content(self, name: str, limit: int) -> bytes | memoryview:
-        """A small member's bytes, inflated if need be; UnsafeCheckpoint beyond `limit`."""
-        info, start = self.locate(name)
-        if max(info.file_size, info.compress_size) > limit:
-            raise UnsafeCheckpoint(f"its {printable(name)} takes more than {limit:,} bytes", file=self.file.path)
-        raw: bytes | memoryview = self.file.read(start, info.compress_size)
-        if info.compress_type == zipfile.ZIP_DEFLATED:
-            try:
-                raw = zlib.decompressobj(-15).decompress(raw, info.file_size + 1)
-            except zlib.error as error:
-                raise DamagedCheckpoint(f"its {printable(name)} does not inflate", file=self.file.path) from error
-        if len(raw) != info.file_size or (info.CRC and zlib.crc32(raw) != info.CRC):
-            raise DamagedCheckpoint(
-                f"the size or CRC-32 of its {printable(name)} differs", file=self.file.path, cure=AGAIN
-            )
-        return raw
-
-    def locate(self, name: str, tensor: str | None = None) -> tuple[zipfile.ZipInfo, int]:
-        """A member and the offset of its data."""
-        info = self.members.get(name)
-        if info is None:
-            raise DamagedCheckpoint(f"has no {printable(name)}", file=self.file.path, tensor=tensor, cure=AGAIN)
-        header = bytes(self.file.read(info.header_offset, 30, tensor))
-        signature, _, flags, method, _, _, crc, packed, size, named, extra = struct.unpack("<4s5H3I2H", header)
-        start = info.header_offset + 30 + named + extra
-        spelled = bytes(self.file.read(info.header_offset + 30, named, tensor))
-        sizes = (crc, packed, size)
-        agrees = (
-            signature == b"PK\x03\x04"
-            and spelled == info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-            and (flags, method) == (info.flag_bits, info.compress_type)
-            and (flags & 8 or 0xFFFFFFFF in sizes or sizes == (info.CRC, info.compress_size, info.file_size))
-            and (method == zipfile.ZIP_DEFLATED or (method == 0 and info.compress_size == info.file_size))
-            and not flags & 1  # encrypted
-            and start + info.compress_size <= self.bounds[bisect_right(self.bounds, info.header_offset)]
-        )
-        if not agrees:
-            raise DamagedCheckpoint(
-                f"the two headers of zip member {printable(name)} differ or make no sense",
-                file=self.file.path,
-                tensor=tensor,
-                cure=AGAIN,
-            )
-        return info, start
-
-
-class _Seekable(io.RawIOBase):
-    """A source file in the form that zipfile asks for."""
-
-    def __init__(self, file: SourceFile) -> None:
-        self.file, self.position = file, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.file.size}[whence]
-        if self.position < 0:
-            raise ValueError("a seek before the file")
-        return self.position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self.file.size - self.position, 0)
-        count = left if size < 0 else min(size, left)
-        if count > MAX_DIRECTORY:
-            raise UnsafeCheckpoint(f"its zip directory takes more than {MAX_DIRECTORY:,} bytes", file=self.file.path)
-        data = bytes(self.file.read(self.position, count))
-        self.position += count
-        return data
+    @property
+    def integrity(self) -> str:
+        """How damage to the records found so far is told."""
+        unchecked = sum(record.crc is None and record.nbytes > 0 for record in self.records.values())
+        return f"none: {unchecked} of {len(self.records)} records were saved without CRC-32" if unchecked else INTEGRITY

@@ -9,15 +9,16 @@ business.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError, UnsafeCheckpoint, printable
-from converters.readers.companions import separate
+from converters.readers.companions import annotate, separate, unpack
 from converters.readers.pickles import Opaque
 from converters.readers.plain import Plain
+from converters.readers.prefixes import are_rivals, group_by_prefix, strip_prefixes
 from converters.tensors import LazyTensor
 
 __all__ = ["Unwrapped", "unwrap"]
@@ -30,11 +31,9 @@ ASIDE = {  # a word in a name: what such a thing is, whatever it holds
     **dict.fromkeys(("amp", "scaler"), "loss scaler state"),
     "rng": "random generator state",
 }
-PREFIX = "module."  # DataParallel, DistributedDataParallel, AveragedModel
-SEGMENT = "_orig_mod"  # torch.compile, around whichever submodule it was given
-COUNTERS = frozenset({"n_averaged", "steps", "num_updates", "decay"})  # stand beside `module.` names
 ADAPTERS = frozenset({"lora_A", "lora_B", "lora_up", "lora_down"})
-QUANTIZED = frozenset({"_packed_params", "zero_point", "qweight", "qzeros", "SCB", "absmax"})
+PACKED = frozenset({"_packed_params", "qweight", "qzeros", "SCB", "absmax"})
+QUANTIZED = PACKED | {"zero_point"}
 SETTINGS = frozenset({"_extra_state", "args", "cfg", "config", "hparams", "hyper_parameters", "meta", "opt"})
 MAX_DEPTH = 8
 BESIDE = "lies beside the state dict"
@@ -50,13 +49,14 @@ class Unwrapped:
     wrappers: tuple[str, ...] = ()  # outermost first
     set_aside: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def unwrap(tree: dict[str, Any], path: Path, *, key: str | None = None, ema: bool | None = None) -> Unwrapped:
     """The state dict in `tree`; see `open_checkpoint` for `key` and `ema`. Raises CheckpointError."""
-    unwrapper = _Unwrapper(path, ema)
-    steps = _follow(tree, key, path) if key else []
+    steps, prefix = _follow(tree, key or "")
     node = steps[-1][0][steps[-1][1]] if steps else tree
+    unwrapper = _Unwrapper(path, ema, prefix, [name for name, value in node.items() if isinstance(value, dict)])
     unwrapper.met_average = any(name in AVERAGED for _, name in steps)
     found = unwrapper.open(node, len(steps))
     for parent, name in reversed(steps):
@@ -71,8 +71,9 @@ def unwrap(tree: dict[str, Any], path: Path, *, key: str | None = None, ema: boo
 
 
 class _Unwrapper:
-    def __init__(self, path: Path, ema: bool | None) -> None:
+    def __init__(self, path: Path, ema: bool | None, prefix: str, choices: list[str]) -> None:
         self.path, self.ema, self.met_average = path, ema, False
+        self.prefix, self.choices = prefix, choices  # of names that are asked for; what else could have been
         self.known: dict[int, bool] = {}  # by id of a dict: whether it holds tensors
         self.plain = Plain()
 
@@ -89,8 +90,10 @@ class _Unwrapper:
             loose = any(_is_tensor(value) and not _aside(name) for name, value in node.items())
             raw = [name for name in nested if not (loose and "." in name)]  # a dotted name is a module's
             if not raw:
-                return self.state_dict(node)
+                return self.state_dict(node, depth)
         if len(raw) > 1 or len(averaged) > 1 or loose:
+            if self.prefix:
+                raise self.no_choice(self.prefix)
             names = [printable(name, 40) for name in [*raw, *averaged][:10]]
             problem = f"holds several state dicts: {', '.join(names)}{' and loose tensors' * loose}"
             raise CheckpointError(problem, file=self.path, cure=f"choose one, as in --key {names[0]}")
@@ -128,21 +131,46 @@ class _Unwrapper:
             metadata={**found.metadata, **metadata},
         )
 
-    def state_dict(self, node: dict[str, Any]) -> Unwrapped:
+    def state_dict(self, node: dict[str, Any], depth: int) -> Unwrapped:
         """A dict that holds tensors itself, its prefixes and its tensors' companions taken off."""
+        node = unpack(node)
         tensors = {name: value for name, value in node.items() if isinstance(value, LazyTensor)}
         self.refuse_kin(node, bool(tensors))
         set_aside, metadata = self.sort_out({name: node[name] for name in node if name not in tensors})
-        tensors, prefixes, counters = _strip(tensors)
+        tensors, prefixes, counters = strip_prefixes(tensors)
+        if part := self.choose_part(tensors, prefixes, depth + 1):
+            set_aside, metadata = {**set_aside, **part.set_aside}, {**metadata, **part.metadata}
+            return replace(part, wrappers=(*prefixes, *part.wrappers), set_aside=set_aside, metadata=metadata)
         weights, marks, companions, has_averages = separate(tensors, averaged=self.ema is not False)
         self.met_average |= has_averages
-        return Unwrapped(weights, (*prefixes, *marks), {**set_aside, **counters, **companions}, metadata)
+        set_aside = {**set_aside, **counters, **companions}
+        return Unwrapped(weights, (*prefixes, *marks), set_aside, metadata, annotate(weights))
+
+    def choose_part(self, tensors: dict[str, LazyTensor], prefixes: list[str], depth: int) -> Unwrapped | None:
+        """The tensors below the prefix that was asked for, or of one of two models; None if all are one model's."""
+        asked, self.prefix = self.prefix, ""
+        prefix = asked
+        for one in prefixes if asked else []:
+            prefix = f"{prefix}.".removeprefix(one).removesuffix(".")
+        parts = group_by_prefix(tensors, prefix)
+        if not prefix:
+            return self.open(parts, depth) if are_rivals(parts) else None
+        if not isinstance(parts.get(prefix), dict):
+            raise self.no_choice(asked, list(parts))
+        return self.wrap(parts, prefix, self.open(parts[prefix], depth))
+
+    def no_choice(self, asked: str, parts: Sequence[str] = ()) -> CheckpointError:
+        """The error for a key that chooses nothing."""
+        there = ", ".join(printable(name, 40) for name in [*self.choices, *parts][:20]) or "no dict"
+        problem = f"has no {printable(asked)} to choose; it has: {there}"
+        return CheckpointError(problem, file=self.path, cure="mend --key")
 
     def refuse_kin(self, node: dict[str, Any], holds_tensors: bool) -> None:
         """Raise for what resembles a state dict: quantized weights, an adapter, tensors in part, none at all."""
+        is_read = any(isinstance(value, LazyTensor) and value.lossy for value in node.values())
         for name, value in node.items():
             segments = set(name.split("."))
-            if segments & QUANTIZED:
+            if segments & QUANTIZED and not (is_read and segments.isdisjoint(PACKED)):
                 raise CheckpointError("is quantized", file=self.path, tensor=name, cure="convert the float model")
             if segments & ADAPTERS:
                 cure = "merge it into its base model first"
@@ -179,39 +207,22 @@ class _Unwrapper:
         return self.known[id(value)]
 
 
-def _follow(tree: dict[str, Any], key: str, path: Path) -> list[tuple[dict[str, Any], str]]:
-    """The dicts that a dotted path leads through, each with the name taken from it; names may hold dots."""
+def _follow(tree: dict[str, Any], key: str) -> tuple[list[tuple[dict[str, Any], str]], str]:
+    """The dicts that a dotted path leads through, each with the name taken from it, and the rest of the path.
+
+    Names may hold dots. What leads to no dict may be a prefix of tensors' names.
+    """
     steps: list[tuple[dict[str, Any], str]] = []
     node = tree
     while key:
         dicts = [name for name, value in node.items() if isinstance(value, dict)]
         fitting = [name for name in dicts if name and f"{key}.".startswith(f"{name}.")]
         if not fitting:
-            there = ", ".join(printable(name, 40) for name in dicts[:20]) or "no dict"
-            raise CheckpointError(f"has no {printable(key)} to choose; it has: {there}", file=path, cure="mend --key")
+            break
         name = max(fitting, key=len)
         steps.append((node, name))
         node, key = node[name], key[len(name) + 1 :]
-    return steps
-
-
-def _strip(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[str], dict[str, str]]:
-    """The tensors without the prefixes that all of them have, the prefixes, and the counters set aside."""
-    prefixes: list[str] = []
-    counters: dict[str, str] = {}
-    for _ in range(MAX_DEPTH):
-        own = [name for name in tensors if not name.startswith(PREFIX)]
-        if len(own) < len(tensors) and COUNTERS.issuperset(own):
-            counters |= dict.fromkeys(own, "averaging counter")
-            tensors = {name.removeprefix(PREFIX): tensors[name] for name in tensors if name not in counters}
-            prefixes.append(PREFIX)
-            continue
-        bare = {".".join(part for part in name.split(".") if part != SEGMENT): name for name in tensors}
-        if bare.keys() == tensors.keys() or len(bare) < len(tensors):
-            break
-        tensors = {name: tensors[wrapped] for name, wrapped in bare.items()}
-        prefixes.append(f"{SEGMENT}.")
-    return tensors, prefixes, counters
+    return steps, key
 
 
 def _is_tensor(value: Any) -> bool:

@@ -18,6 +18,7 @@ from converters.errors import printable
 from converters.mapping import Mapping
 from converters.names import fold
 from converters.plan import Plan
+from converters.readers import Checkpoint
 
 if TYPE_CHECKING:
     from converters.demo import Demo
@@ -78,7 +79,7 @@ def show_inspection(inspection: Inspection) -> None:
         _say("family", plan.mapping.name)
         _say("target", _target(plan))
         _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
-        _caveats(plan)
+    _caveats(checkpoint, plan)
     _say("set aside", "; ".join(f"{name} ({reason})" for name, reason in checkpoint.set_aside.items()))
     _say("metadata", ", ".join(_brief(key, value) for key, value in checkpoint.metadata.items()))
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -115,7 +116,7 @@ def show_conversion(conversion: Conversion) -> None:
     _say("filled", ", ".join(f"{text} = {value}" for text, value in _fills(plan)))
     _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
     _say("set aside", "; ".join(f"{name} ({reason})" for name, reason in checkpoint.set_aside.items()))
-    _caveats(plan)
+    _caveats(checkpoint, plan)
     if conversion.directory:
         _say("load with", f"timm.create_model('local-dir:{conversion.directory}', pretrained=True)")
         return
@@ -192,9 +193,9 @@ def _target(plan: Plan) -> str:
     return plan.skeleton.architecture + (f" ({args})" if args else "")
 
 
-def _caveats(plan: Plan) -> None:
-    for caveat in plan.caveats:
-        console.print(f"[yellow]caveat[/]     {escape(caveat)}")
+def _caveats(checkpoint: Checkpoint, plan: Plan | None) -> None:
+    for caveat in (*(plan.caveats if plan else ()), *checkpoint.notes):
+        console.print(f"[yellow]caveat[/]     {escape(printable(caveat, 1000))}")
 
 
 def _fills(plan: Plan) -> list[tuple[str, Any]]:

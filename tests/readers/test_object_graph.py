@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from converters.readers.bundle import Entry
-from converters.readers.object_graph import name_variables
+from converters.readers.object_graph import name_variables, parse_graph
 
 write = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("bundle_writer.py"))))
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -81,10 +81,10 @@ CASES: dict[str, tuple[list[bytes], dict[str, str]]] = {
 def test_names(case: str) -> None:
     nodes, expected = CASES[case]
     entries = {key + VALUE: Entry(1, (), 0, 0, 4, crc=len(key) if "another" in key else 0) for key in expected}
-    found: dict[str, Any] = name_variables(memoryview(write.message(*((1, one) for one in nodes))), entries)
+    found: dict[str, Any] = name_variables(parse_graph(memoryview(write.message(*((1, one) for one in nodes)))), entries)
     assert found == {key + VALUE: name for key, name in expected.items() if name}
 
 
 def test_a_key_without_the_ending_stays_apart_from_one_with_it() -> None:
     entries = {key: Entry(1, (), 0, 0, 4, 0) for key in ("a", "a" + VALUE)}
-    assert name_variables(memoryview(b""), entries) == {"a": "a", "a" + VALUE: "a" + VALUE}
+    assert name_variables([], entries) == {"a": "a", "a" + VALUE: "a" + VALUE}

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,41 @@ def test_a_module_pickled_whole_is_its_state_dict(save: Callable[..., Path]) -> 
         assert found.tensors[name].read() == from_torch(tensor)
 
 
-def test_torchscript_is_its_state_dict(tmp_path: Path) -> None:
-    net = Net().eval()
-    torch.jit.script(net).save(tmp_path / "model.pt")
-    found = open_checkpoint(tmp_path / "model.pt").tensors
-    assert {"cache", *net.state_dict()} == set(found)  # TorchScript does not say that a buffer is transient
-    assert all(found[name].read() == from_torch(tensor) for name, tensor in net.state_dict().items())
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("how", ["script", "trace", "for mobiles"])
+def test_torchscript_is_its_state_dict(how: str, tmp_path: Path) -> None:
+    net, path = Net().eval(), tmp_path / "model.pt"
+    script = torch.jit.trace(net, torch.ones(1, 1, 5, 5)) if how == "trace" else torch.jit.script(net)
+    script._save_for_lite_interpreter(str(path)) if how == "for mobiles" else script.save(path)
+    found = open_checkpoint(path)
+    assert found.writer == "TorchScript"
+    expected = {**torch.jit.load(path).state_dict(), **net.state_dict()}
+    assert set(found.tensors) - {"cache"} == set(expected) - {"cache"}  # it does not say that a buffer is transient
+    assert all(found.tensors[name].read() == from_torch(tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_frozen_torchscript_is_refused_by_name(tmp_path: Path) -> None:
+    torch.jit.freeze(torch.jit.script(Net().eval())).save(tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.pt: is frozen TorchScript: its weights are constants of its c"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("beside", "writer"),
+    [
+        ({"pytorch-lightning_version": "2.5.1", "hyper_parameters": {"lr": 0.1}}, "PyTorch Lightning 2.5.1"),
+        ({"meta": {"mmengine_version": "0.10.7"}}, "MMEngine 0.10.7"),
+        ({"meta": {"mmcv_version": "1.7.2"}}, "MMCV 1.7.2"),
+        ({"epoch": 3}, None),
+    ],
+)
+def test_a_trainer_that_left_its_version_is_the_writer(
+    beside: dict[str, Any], writer: str | None, save: Callable[..., Path]
+) -> None:
+    found = open_checkpoint(save({"state_dict": {"model.fc.weight": torch.ones(2)}, **beside}))
+    assert (found.writer, found.metadata) == (writer, beside)
+    assert list(found.tensors) == ["model.fc.weight"]  # a mapping's `strip` takes such a prefix off
 
 
 def deflate(path: Path, which: str) -> None:
@@ -175,27 +205,54 @@ def test_files_without_crc_say_so(tmp_path: Path) -> None:
     assert_equal(found, {"w": torch.ones(4)})
 
 
+@contextmanager
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def distributed() -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with process_group():
         return distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
-    finally:
-        torch.distributed.destroy_process_group()
+
+
+class Sharded:
+    """A ShardedTensor that can be pickled: that needs the process group."""
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        from torch.distributed._shard import sharded_tensor
+        from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+
+        with process_group():
+            spec = ChunkShardingSpec(dim=0, placements=["rank:0/cpu"])  # type: ignore[list-item]
+            return sharded_tensor.ones(spec, 4, 2).__reduce_ex__(protocol)
+
+
+def sharded() -> Any:
+    return Sharded()
+
+
+def float_zero_points() -> torch.Tensor:
+    return torch.quantize_per_channel(torch.ones(2, 3), torch.ones(2), torch.zeros(2), 0, torch.quint8)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse": (lambda: torch.eye(2).to_sparse(), "is sparse"),
     "conjugated": (lambda: torch.ones(2, dtype=torch.complex64).conj(), "is conjugated or negated lazily"),
-    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "is quantized"),
+    "quantized": (float_zero_points, "is quantized with quint8 and torch.per_channel_affine_float_qparams"),
     "meta": (lambda: torch.empty(2, device="meta"), "has no data"),
     "bare storage": (lambda: torch.UntypedStorage(4), "is a bare storage"),
     "complex128": (lambda: torch.ones(2, dtype=torch.complex128), "is of dtype complex128"),
     "expanded": (lambda: torch.ones(1).expand(1000, 1000), "is an expanded view: 4 bytes would become 4000000"),
     "uninitialized": (lambda: nn.LazyLinear(3).weight, "was never initialized"),
-    "distributed": (distributed, "is one process's part of a distributed tensor"),
+    "DTensor": (distributed, "is one process's part of a distributed tensor"),
+    "ShardedTensor": (sharded, "is one process's part of a distributed tensor"),
     "an object": (lambda: slice(1, 2), "is no tensor but a builtins.slice"),
 }
 
@@ -220,13 +277,6 @@ def test_what_is_no_state_dict_is_refused(value: Any, words: str, tmp_path: Path
     torch.save(value, tmp_path / "model.pth")
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(tmp_path / "model.pth")
-
-
-def test_an_export_is_refused_by_name(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
-        archive.writestr("model/data/weights/weight_0", b"")
-    with pytest.raises(CheckpointError, match=r"is a torch\.export archive; save model\.state_dict"):
-        open_checkpoint(tmp_path / "model.pt2")
 
 
 def test_a_tensor_takes_memory_of_its_own_size(save: Callable[..., Path]) -> None:

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.detection import applying_families, find_plan, name_digest, reference_of
+from converters.errors import MappingError, NotExpressible, PlanError, TargetError
+from converters.mapping import find_mappings, load_mapping, mappings_folder
+from converters.plan import route
+from converters.readers import Checkpoint
+from converters.target import build_skeleton
+from converters.tensors import LazyTensor, TensorSpec
+
+PLANS = Path(__file__).parent / "plans"
+
+
+def unread() -> memoryview:
+    raise AssertionError("a plan reads no data")
+
+
+def made_of(specs: dict[str, TensorSpec], **more: Any) -> Checkpoint:
+    return Checkpoint(
+        Path("source.pth"), "specs", {name: LazyTensor(spec, unread) for name, spec in specs.items()}, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def source() -> Callable[..., Checkpoint]:
+    """One of the real sources that the golden plans are made of; `without` and `metadata` change it."""
+
+    def find(family: str, title: str, without: str = "-", metadata: dict[str, Any] | None = None) -> Checkpoint:
+        found = json.loads((PLANS / f"{family}.specs.json").read_text())[title]
+        specs = {
+            name: TensorSpec(name, tuple(shape), *(dtype or ["float32"]))
+            for name, (shape, *dtype) in found["tensors"].items()
+            if not name.startswith(without)
+        }
+        return made_of(specs, metadata=found["metadata"] if metadata is None else metadata)
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def timm_source() -> Callable[..., Checkpoint]:
+    def build(architecture: str, metadata: dict[str, Any] | None = None, **args: Any) -> Checkpoint:
+        return made_of(build_skeleton(architecture, args).specs, metadata=metadata or {})
+
+    return build
+
+
+def test_a_timm_checkpoint_that_fits_several_models_is_no_guess(timm_source):
+    checkpoint = timm_source("resnet18", num_classes=5)
+    with pytest.raises(PlanError) as caught:
+        find_plan(checkpoint)
+    assert "source.pth: fits " in str(caught.value)
+    assert "timm models that compute different functions (" in str(caught.value) and "resnet18" in str(caught.value)
+    assert str(caught.value).endswith("; say which with --to MODEL")
+    plan = find_plan(checkpoint, target="resnet18")
+    assert (plan.skeleton.architecture, plan.skeleton.args) == ("resnet18", {"num_classes": 5})
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"arch": "resnet18"}, {"architecture": "resnet18"}, {"architecture": "resnet18.a1_in1k", "epoch": 3}]
+)
+def test_a_timm_checkpoint_may_name_its_model(timm_source, metadata):
+    plan = find_plan(timm_source("resnet18", metadata))
+    assert plan.mapping.name == "timm/native"
+    assert plan.skeleton.architecture == metadata.get("arch", metadata.get("architecture"))
+
+
+@pytest.mark.parametrize("arch", ["my_model", 18, ["resnet18"], ""])
+def test_a_name_that_timm_does_not_know_is_no_name(timm_source, arch):
+    plan = find_plan(timm_source("mobilenetv4_conv_small", {"arch": arch}))
+    assert plan.skeleton.architecture == "mobilenetv4_conv_small"
+
+
+def test_a_headless_timm_checkpoint_is_found(timm_source):
+    plan = find_plan(timm_source("mobilenetv4_conv_small", num_classes=0))
+    assert plan.skeleton.args == {"num_classes": 0}
+
+
+def test_a_target_that_does_not_fit_is_diagnosed(timm_source):
+    with pytest.raises(PlanError, match="does not close on resnet34"):
+        find_plan(timm_source("resnet18"), target="resnet34")
+    with pytest.raises(TargetError, match="did you mean resnet18"):
+        find_plan(timm_source("resnet18"), target="resnet_18")
+
+
+def test_arguments_reach_the_skeleton_over_the_familys_own(source):
+    checkpoint = source("mmlab/swin", "an MMDetection backbone")
+    plan = find_plan(checkpoint, args={"always_partition": False, "drop_path_rate": 0.1})
+    assert plan.skeleton.args == {"always_partition": False, "drop_path_rate": 0.1, "num_classes": 0}
+    with pytest.raises(TargetError, match=r"does not take .*colour='red'"):
+        find_plan(checkpoint, args={"colour": "red"})
+    with pytest.raises(TargetError, match="`checkpoint_path` is no argument"):
+        find_plan(checkpoint, args={"checkpoint_path": "source.pth"})
+
+
+def test_a_family_is_taken_by_name_or_path(source, family):
+    checkpoint = source("mmlab/swin", "an MMPretrain classifier")
+    assert find_plan(checkpoint, family="mmlab/swin").mapping.name == "mmlab/swin"
+    assert find_plan(checkpoint, family=str(find_mappings()["mmlab/swin"])).steps
+    with pytest.raises(MappingError, match="there is no family `swim`"):
+        find_plan(checkpoint, family="swim")
+
+
+def test_the_reference_is_the_one_whose_evidence_is_there(source):
+    for title, runner, args in [
+        ("an MMPretrain classifier", "mmpretrain", {}),
+        ("an MMDetection backbone", "mmdet", {"always_partition": True, "num_classes": 0}),
+    ]:
+        checkpoint = source("mmlab/swin", title)
+        mapping = load_mapping("mmlab/swin")
+        assert reference_of(mapping, checkpoint, route(mapping, checkpoint.specs)).runner == runner
+        assert find_plan(checkpoint).skeleton.args == args
+
+
+def test_a_family_without_a_reference_has_none(source):
+    mapping, checkpoint = load_mapping("timm/native"), source("timm/native", "named")
+    assert reference_of(mapping, checkpoint, route(mapping, checkpoint.specs)) is None
+
+
+PYTORCH = "model = dict(backbone=dict(type='ResNet', depth=18, style='pytorch'))"
+DEEPLAB = "backbone=dict(\n    type='ResNetV1c', strides=(1, 2, 1, 1),\n    dilations=(1, 1, 2, 4))"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "outcome"),
+    [
+        ({}, 2),
+        ({"cfg": PYTORCH}, 0),
+        ({"cfg": PYTORCH.replace(", style='pytorch'", "")}, 0),
+        ({"cfg": PYTORCH.replace("pytorch", "caffe")}, "the stride of a block is on its 1x1 convolution"),
+        ({"cfg": PYTORCH.replace("'pytorch'", '"caffe"')}, "the stride of a block is on its 1x1 convolution"),
+        ({"cfg": DEEPLAB}, "its stages are dilated"),
+        ({"cfg": "something else"}, 2),
+        ({"cfg": {1: float("nan"), "x": [None]}}, 2),
+    ],
+)
+def test_refusals(source, metadata, outcome):
+    checkpoint = source("mmlab/resnet", "an MMDetection backbone", metadata=metadata)
+    if isinstance(outcome, int):
+        caveats = find_plan(checkpoint).caveats
+        assert len(caveats) == outcome
+        assert all(caveat.startswith("the file does not say whether ") for caveat in caveats)
+    else:
+        with pytest.raises(NotExpressible) as caught:
+            find_plan(checkpoint)
+        assert str(caught.value).startswith(f"source.pth: is of mmlab/resnet, but timm cannot compute it: {outcome}")
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"), [("\x1b[31mred=1 b=1 c=1 d=1", r"\x1b[31mred, b, c, ..."), ("a=1", "a"), ("", "it has none")]
+)
+def test_a_checkpoint_of_no_family(specs, sources, names):
+    with pytest.raises(PlanError) as caught:
+        find_plan(made_of(specs(sources)))
+    assert str(caught.value).startswith(
+        f"source.pth: is of no family that is known here, and no timm model has its tensors ({names}); name "
+    )
+    assert str(caught.value).endswith("with --family (" + ", ".join(find_mappings()) + ")")
+
+
+def test_an_argument_that_no_candidate_takes_is_named(timm_source):
+    with pytest.raises(TargetError, match=r"does not take colour='red'"):
+        find_plan(timm_source("mobilenetv4_conv_small"), args={"colour": "red"})
+
+
+def test_applying_families_come_with_those_for_few_targets_first(source):
+    swin = applying_families(source("timm/swin_before_0_9", "v1"))
+    assert [mapping.name for mapping in swin] == ["timm/swin_before_0_9", "timm/native"]
+    few = applying_families(source("tensorflow/efficientnet", "b0"))
+    assert [mapping.name for mapping in few] == ["tensorflow/efficientnet", "timm/native"]
+
+
+@pytest.mark.parametrize("name", find_mappings())
+def test_no_family_claims_anothers_source(source, name):
+    """A source applies to its own family and to those for any timm model; detection never depends on file names."""
+    for title in json.loads((PLANS / f"{name}.specs.json").read_text()):
+        few = [mapping.name for mapping in applying_families(source(name, title)) if not mapping.any_target]
+        assert few == ([name] if load_mapping(name).targets else [])
+
+
+def test_the_nearest_target_is_diagnosed(source):
+    checkpoint = source("tensorflow/efficientnet", "b2", without="efficientnet-b2/head/conv2d")
+    with pytest.raises(PlanError) as caught:
+        find_plan(checkpoint)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "mappings/tensorflow/efficientnet.yaml does not close on tf_efficientnet_b2 (1 problem)"
+    assert lines[1].split() == ["1", "target", "has", "no", "origin:", "conv_head.weight"]
+
+
+def test_the_index_knows_timms_models():
+    index = json.loads((mappings_folder() / "timm" / "index.json").read_text())
+    for name in ("resnet18", "vit_tiny_patch16_224", "mobilenetv2_035"):
+        assert name in index[name_digest(build_skeleton(name, {"num_classes": 0}).specs)]
+
+
+def test_the_digest_knows_neither_order_nor_heads():
+    assert name_digest(["a", "b", "head.fc.weight"]) == name_digest(["b", "a", "norm.weight"])
+    assert name_digest(["a", "b"]) != name_digest(["a", "c"])
