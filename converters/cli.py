@@ -27,10 +27,32 @@ app = typer.Typer(
 )
 
 Source = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint: a file, a folder, or a TensorFlow prefix.")]
-Key = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Where the state dict lies in the file: model.teacher")
-]
+Key = Annotated[str | None, typer.Option(metavar="PATH", help="Where the state dict lies in the file: model.teacher")]
 Ema = Annotated[bool | None, typer.Option("--ema/--no-ema", help="Averaged or raw weights, where both are there.")]
+Reference = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND:NAME",
+        help="auto (the mapping's); mmdet:, mmpretrain: or mmseg:CONFIG.py; keras:APPLICATION or FILE; "
+        "torchvision:NAME; transformers:FOLDER; timm:ARCHITECTURE; onnx:FILE; savedmodel:FOLDER; "
+        "python:MODULE:FACTORY; RECORDING.npz.",
+    ),
+]
+Output = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--output",
+        metavar="OURS=THEIRS",
+        help="Which of the reference's outputs is which of timm's, and its layout: "
+        "'forward_features=0 | b c h w -> b h w c'.",
+    ),
+]
+ReferenceArg = Annotated[
+    list[str] | None, typer.Option(metavar="K=V", help="An argument of the reference's constructor.")
+]
+Interpreter = Annotated[str | None, typer.Option("--python", metavar="EXE", help="The Python that has the framework.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Let the framework run code that the files hold.")]
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Then the reference is ended.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
@@ -64,6 +86,9 @@ def convert(
     expect_sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse any other content.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no tensor data.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
+    allow_deviation: Annotated[
+        bool, typer.Option("--allow-deviation", help="Accept what timm computes only nearly, as the mapping declares.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write timm-native weights."""
@@ -88,6 +113,7 @@ def convert(
             expect_sha256=expect_sha256,
             dry_run=dry_run,
             overwrite=overwrite,
+            allow_deviation=allow_deviation,
             progress=progress,
         )
     if as_json:
@@ -102,12 +128,12 @@ def convert(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `convert` wrote.")],
     source: Annotated[Path, typer.Option(metavar="CKPT", help="The checkpoint that it was converted from.")],
-    reference: Annotated[
-        str, typer.Option(metavar="auto|mmdet:CONFIG|RECORDING", help="The source's own model, or what it recorded.")
-    ] = "auto",
-    python: Annotated[str | None, typer.Option(metavar="EXE", help="The Python that has the framework.")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Let the framework run code that CKPT holds.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Then the reference is ended.")] = 900.0,
+    reference: Reference = "auto",
+    output: Output = None,
+    reference_arg: ReferenceArg = None,
+    python: Interpreter = None,
+    trust: Trust = False,
+    timeout: Timeout = 900.0,
     as_json: Json = False,
 ) -> None:
     """Compare a conversion with the source framework's own model; exit code 3 where they differ."""
@@ -116,7 +142,15 @@ def verify(
 
     with status() as tell:
         verdict = verify_conversion(
-            directory, source, reference=reference, python=python, trust=trust, timeout=timeout, progress=tell
+            directory,
+            source,
+            reference=reference,
+            outputs=output or (),
+            args=dict(map(_argument, reference_arg or [])),
+            python=python,
+            trust=trust,
+            timeout=timeout,
+            progress=tell,
         )
     if as_json:
         print(verdict.to_json())
@@ -124,6 +158,64 @@ def verify(
         show_verdict(verdict)
     if not verdict.passed:
         raise typer.Exit(3)
+
+
+@app.command()
+def record(
+    ckpt: Source,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="RECORDING", help="The .npz to write.")] = None,
+    worker: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the program that records on another machine instead.")
+    ] = None,
+    conversion: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What `convert` wrote of CKPT; else its plan is made anew.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A mapping; else it is detected.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="MODEL", help="A timm model; else the one that fits.")] = None,
+    arg: Annotated[list[str] | None, typer.Option(metavar="K=V", help="An argument of the timm model.")] = None,
+    key: Key = None,
+    ema: Ema = None,
+    img_size: Annotated[int | None, typer.Option(metavar="N", help="Pixels a side of the probes.")] = None,
+    reference: Reference = "auto",
+    output: Output = None,
+    reference_arg: ReferenceArg = None,
+    python: Interpreter = None,
+    trust: Trust = False,
+    timeout: Timeout = 900.0,
+    as_json: Json = False,
+) -> None:
+    """Write what the source framework's own model gives, for a later `verify --reference RECORDING`."""
+    from converters.reports.terminal import show_recording, show_worker, status
+
+    if (out is None) == (worker is None):
+        raise typer.BadParameter("say where to with either -o RECORDING.npz or --worker DIR")
+    if conversion:
+        from converters.verifier.subject import read_subject
+
+        subject = read_subject(conversion)
+    else:
+        from converters.conversion import plan_subject
+
+        args = dict(map(_argument, arg or []))
+        subject = plan_subject(ckpt, family=family, target=to, args=args, key=key, ema=ema, img_size=img_size)
+    from converters.verifier.record import record as record_reference
+    from converters.verifier.record import write_worker
+
+    asked: dict[str, Any] = {"reference": reference, "outputs": output or (), "trust": trust}
+    asked["args"] = dict(map(_argument, reference_arg or []))
+    if worker:
+        write_worker(subject, ckpt, worker, **asked)
+        if as_json:
+            _print_json({"worker": str(worker)})
+        else:
+            show_worker(worker, ckpt)
+    elif out:
+        with status() as tell:
+            recording = record_reference(subject, ckpt, out, python=python, timeout=timeout, progress=tell, **asked)
+        if as_json:
+            _print_json({**recording.about, "path": str(out)})
+        else:
+            show_recording(recording, out)
 
 
 @app.command()

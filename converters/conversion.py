@@ -14,8 +14,9 @@ from converters.readers import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from converters.plan import Plan
+    from converters.verifier.subject import Subject
 
-__all__ = ["Conversion", "Inspection", "convert", "inspect"]
+__all__ = ["Conversion", "Inspection", "convert", "inspect", "plan_subject"]
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -53,13 +54,14 @@ def convert(
     expect_sha256: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    allow_deviation: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert a checkpoint into a folder that `timm.create_model('local-dir:DIRECTORY', pretrained=True)` loads.
 
     `family` (a name, or a file) and `target` (a timm model) are found where they are not given; `args` are
-    timm's, on top of the mapping's own; `img_size` in pixels. Raises ConverterError; then nothing is left
-    at `directory`.
+    timm's, on top of the mapping's own; `img_size` in pixels; without `allow_deviation` a family that timm
+    computes only nearly is refused. Raises ConverterError; then nothing is left at `directory`.
     """
     checkpoint = open_checkpoint(source, key=key, ema=ema)
     with ThreadPoolExecutor(1) as background:
@@ -69,9 +71,13 @@ def convert(
         from converters.emitter import new_folder, write_tensors
 
         plan = find_plan(checkpoint, family=family, target=target, args=args)
-        record = describe(plan, checkpoint, dtype=dtype, img_size=img_size)
+        record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema)
         if digest is None:
             return Conversion(checkpoint, plan, None, record)
+        if record["deviation"] and not allow_deviation:
+            reasons = "; ".join(f"{one['reason']} (within {one['bound']:g})" for one in record["deviation"])
+            problem = f"is of {plan.mapping.name}, which timm computes only nearly: {reasons}"
+            raise NotExpressible(problem, file=source, cure="pass --allow-deviation to have it so")
         total, done = sum(step.target.nbytes for step in plan.steps), 0
 
         def advance(count: int) -> None:
@@ -87,6 +93,28 @@ def convert(
                 raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=source)
             write_description(plan, record, folder)
     return Conversion(checkpoint, plan, Path(directory), record)
+
+
+def plan_subject(
+    source: str | os.PathLike[str],
+    *,
+    family: str | None = None,
+    target: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    ema: bool | None = None,
+    img_size: int | None = None,
+) -> Subject:
+    """What there would be to verify, had `source` been converted; the arguments are those of `convert`."""
+    from converters.verifier.subject import make_subject
+
+    ways: dict[str, Any] = {"key": key, "ema": ema, "img_size": img_size, "dry_run": True}
+    planned = convert(source, Path(), family=family, target=target, args=args, **ways)
+    planned.record["source"]["sha256"] = planned.checkpoint.sha256()
+    channels, height, width = planned.record["input_size"]
+    return make_subject(
+        Path(source), planned.record, (channels, height, width), planned.plan.skeleton.model.num_classes
+    )
 
 
 def inspect(source: str | os.PathLike[str], *, key: str | None = None, ema: bool | None = None) -> Inspection:

@@ -11,18 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from converters.detection import reference_of
+from converters.mapping import Mapping as Family
+from converters.names import split
 from converters.plan import Plan, route
 from converters.readers import Checkpoint
+from converters.schema import ReferenceFile
+from converters.target import Skeleton
+from converters.verifier.taps import pair_modules
 
-__all__ = ["describe", "write_description"]
+__all__ = ["describe", "fill_reference", "write_description"]
 
 _SOMEBODY_ELSES = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "url", "hf_hub_id", "file")
 
 
 def describe(
-    plan: Plan, checkpoint: Checkpoint, *, dtype: str = "source", img_size: int | None = None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "source",
+    img_size: int | None = None,
+    key: str | None = None,
+    ema: bool | None = None,
 ) -> dict[str, Any]:
-    """The content of conversion.json: where everything comes from. No time, host or path, so that runs agree."""
+    """The content of conversion.json: where everything comes from. No time, host or path, so that runs agree.
+
+    `key` and `ema` are what the checkpoint was opened with.
+    """
     mapping, skeleton = plan.mapping, plan.skeleton
     return {
         "conversion": 1,
@@ -32,6 +46,8 @@ def describe(
             "writer": checkpoint.writer,
             "integrity": checkpoint.integrity,
             "bytes": sum(file.size for file in checkpoint.files),
+            "key": key,
+            "ema": ema,
         },
         "wrappers": list(checkpoint.wrappers),
         "family": mapping.name
@@ -43,6 +59,7 @@ def describe(
         "input_size": _input_size(plan, img_size),
         "reference": _reference(plan, checkpoint, img_size),
         "caveats": [*plan.caveats, *checkpoint.notes],
+        "deviation": _deviations(plan),
         "tensors": {
             step.target.name: {"fill": step.origin.fill}
             if step.origin.fill is not None
@@ -50,9 +67,11 @@ def describe(
                 "from": list(step.origin.sources),
                 "ops": step.origin.ops.text,
                 "line": step.origin.rule.line if step.origin.rule else None,
+                **({"part": [step.part, step.origin.parts]} if step.origin.parts > 1 else {}),
             }
             for step in sorted(plan.steps, key=lambda step: step.target.name)
         },
+        "modules": {pair.target: pair.to_json() for pair in pair_modules(plan, checkpoint.specs)},
         "drops": {name: drop.reason for name, drop in sorted(plan.drops.items())},
         "set_aside": dict(sorted(checkpoint.set_aside.items())),
         "versions": {name: version(name) for name in ("timmport", "timm", "torch", "safetensors")},
@@ -97,19 +116,42 @@ def _input_size(plan: Plan, img_size: int | None) -> list[int]:
 
 
 def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | None) -> dict[str, Any] | None:
-    """The mapping's reference with every `$name` put in."""
     reference = reference_of(plan.mapping, checkpoint, route(plan.mapping, checkpoint.specs))
-    if reference is None:
-        return None
-    model, size = plan.skeleton.model, _input_size(plan, img_size)
+    return fill_reference(reference, plan.mapping, plan.skeleton, _input_size(plan, img_size)) if reference else None
+
+
+def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, size: list[int]) -> dict[str, Any]:
+    """A mapping's reference with every `$name` put in; `size` is that of the input (channels, height, width).
+
+    `any_size` tells whether both models take images of other sizes too.
+    """
     values = {
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
+        "num_classes": target.model.num_classes,
+        "num_features": target.model.num_features,
         "in_chans": size[0],
         "img_size": size[1],
-        **plan.mapping.targets.get(plan.skeleton.architecture, {}),
+        **family.targets.get(target.architecture, {}),
     }
-    return {"runner": reference.runner, "model": _filled(reference.model, values), "outputs": reference.outputs}
+    fixed = target.model.pretrained_cfg.get("fixed_input_size") or '"$img_size"' in json.dumps(reference.model)
+    return {
+        "runner": reference.runner,
+        "model": _filled(reference.model, values),
+        "outputs": reference.outputs,
+        "any_size": not fixed,
+    }
+
+
+def _deviations(plan: Plan) -> list[dict[str, Any]]:
+    """The mapping's deviations that this target has, each with its modules."""
+    if not plan.mapping.deviation:
+        return []
+    modules = [name for name, _ in plan.skeleton.model.named_modules() if name]
+    found = []
+    for pattern, deviation in plan.mapping.deviation:
+        matches = ((name, pattern.match(split(name))) for name in modules)
+        if where := [name for name, match in matches if match and not match.rest]:
+            found.append({**deviation.model_dump(), "where": where})
+    return found
 
 
 def _filled(template: Any, values: Mapping[str, Any]) -> Any:

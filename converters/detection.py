@@ -22,7 +22,7 @@ from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.target import build_skeleton, traits_of
 
-__all__ = ["applying_families", "find_plan", "name_digest", "reference_of"]
+__all__ = ["applies", "applying_families", "find_plan", "name_digest", "reference_of"]
 
 _OPTIONAL = ("head", "fc.", "fc_norm.", "classifier", "last_linear", "norm.")
 
@@ -74,14 +74,16 @@ def find_plan(
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
     """The families whose `detect` names the checkpoint has, those for a few targets before those for any."""
-    raw = [split(name) for name in checkpoint.tensors]
-    found = []
-    for name in find_mappings():
-        mapping = load_mapping(name)
-        segments = [*raw, *(mapping.stripped(name) for name in checkpoint.tensors)] if mapping.strip else raw
-        if all(any(p.match(s) for p in patterns for s in segments) for patterns in mapping.detect):
-            found.append(mapping)
+    found = [mapping for mapping in map(load_mapping, find_mappings()) if applies(mapping, checkpoint)]
     return sorted(found, key=lambda mapping: mapping.any_target)
+
+
+def applies(mapping: Family, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint has the names by which the family is detected."""
+    names = [split(name) for name in checkpoint.tensors]
+    if mapping.strip:
+        names += [mapping.stripped(name) for name in checkpoint.tensors]
+    return all(any(p.match(name) for p in patterns for name in names) for patterns in mapping.detect)
 
 
 def reference_of(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> ReferenceFile | None:
@@ -97,7 +99,12 @@ def _plan_for(
 ) -> Plan | tuple[Problem, ...]:
     reference = reference_of(mapping, checkpoint, routes)
     own = {**mapping.target_args, **(reference.target_args if reference else {})}
-    read = read_off(mapping, routes, traits_of(architecture))
+    traits = traits_of(architecture)
+    read = read_off(mapping, routes, traits)
+    if "in_chans" in read:  # a stem may fold pixels into channels before its first convolution
+        specs = build_skeleton(architecture, own).specs
+        stems = [specs[f"{name}.weight"].shape[1] for name in traits.first_convs if f"{name}.weight" in specs]
+        read["in_chans"] = read["in_chans"] * traits.in_chans // (stems or [traits.in_chans])[0]
     return make_plan(mapping, routes, build_skeleton(architecture, {**own, **read, **args}))
 
 

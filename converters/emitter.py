@@ -1,9 +1,9 @@
 """The emitter: a plan and a checkpoint become a folder that timm loads.
 
-`model.safetensors` is written header first, then tensor by tensor at the places that the header gives, in
-the source's own order; a second thread reads ahead by one origin. Everything goes to a temporary folder
-beside the destination, is flushed to the disk, read back by the safetensors library, and renamed, so that
-the destination is absent, old, or new and whole.
+`model.safetensors` is written header first, then tensor by tensor at the places that the header gives: those
+that stay as they are go from file to file, the others through their ops, read ahead by one origin. Everything
+goes to a temporary folder beside the destination, is flushed to the disk, read back by the safetensors
+library, and renamed, so that the destination is absent, old, or new and whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from converters.errors import OutputError, printable
 from converters.ops import OpError
 from converters.plan import Plan, Step
 from converters.readers import Checkpoint
-from converters.tensors import DTYPES, TensorSpec, from_torch, to_torch
+from converters.tensors import DTYPES, LazyTensor, TensorSpec, from_torch, to_torch
 
 __all__ = ["OUTPUT_FILES", "new_folder", "write_tensors"]
 
@@ -66,20 +66,27 @@ def write_tensors(
 ) -> None:
     """`path` as safetensors: the plan's targets, in the source's dtype or in another float dtype, rounded once.
 
+    What is copied from file to file is only as sound as `checkpoint.sha256()` finds it.
+
     Raises CheckpointError when the source is damaged, OutputError when a value overflows the dtype.
     """
     specs = {step.target.name: _emitted(step.target, dtype) for step in plan.steps}
     header, places = _layout(specs)
+    copied, computed = _divide(plan, checkpoint, specs)
+    advance = progress or (lambda count: None)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         if hasattr(os, "posix_fallocate"):  # a disk that is too small is found out here, and writing is faster
             os.posix_fallocate(file, 0, len(header) + sum(spec.nbytes for spec in specs.values()))
         _write(file, memoryview(header), 0)
-        for step, raw in _contents(plan, checkpoint, specs):
+        start = len(header)
+        for name, tensor in copied.items():
+            tensor.copy(file, start + places[name])  # type: ignore[misc]
+            advance(specs[name].nbytes)
+        for step, raw in _contents(computed, checkpoint, specs):
             assert raw.nbytes == specs[step.target.name].nbytes, f"{step.target.name}: {raw.nbytes} bytes"
-            _write(file, raw, len(header) + places[step.target.name])
-            if progress:
-                progress(len(raw))
+            _write(file, raw, start + places[step.target.name])
+            advance(raw.nbytes)
     finally:
         os.close(file)
     for source in checkpoint.files:
@@ -87,12 +94,38 @@ def write_tensors(
     _read_back(path, specs)
 
 
-def _contents(plan: Plan, checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> Iterator[tuple[Step, memoryview]]:
-    """Every step's bytes, origin by origin in the source's order, read one origin ahead."""
+def _divide(
+    plan: Plan, checkpoint: Checkpoint, specs: dict[str, TensorSpec]
+) -> tuple[dict[str, LazyTensor], list[list[Step]]]:
+    """Targets whose bytes stand in a file as they are, and the other steps by origin; both in the source's order."""
     place = {name: index for index, name in enumerate(checkpoint.tensors)}
     groups = sorted(
         plan.origins.values(), key=lambda steps: min(map(place.__getitem__, steps[0].origin.sources), default=-1)
     )
+    copied: dict[str, LazyTensor] = {}
+    computed: list[list[Step]] = []
+    for steps in groups:
+        source = _unchanged(steps, checkpoint, specs)
+        if source and source.copy:
+            copied[steps[0].target.name] = source
+        else:
+            computed.append(steps)
+    return copied, computed
+
+
+def _unchanged(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> LazyTensor | None:
+    """The source of a step that changes nothing."""
+    origin = steps[0].origin
+    if origin.ops.ops or len(origin.sources) != 1:
+        return None
+    source = checkpoint.tensors[origin.sources[0]]
+    return source if source.spec.dtype == specs[steps[0].target.name].dtype else None
+
+
+def _contents(
+    groups: list[list[Step]], checkpoint: Checkpoint, specs: dict[str, TensorSpec]
+) -> Iterator[tuple[Step, memoryview]]:
+    """Every step's bytes, origin by origin, read one origin ahead."""
 
     def compute(steps: list[Step]) -> list[memoryview]:
         return _compute(steps, checkpoint, specs)
@@ -114,9 +147,9 @@ def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorS
     if origin.fill is not None:
         filled = [torch.full(step.target.shape, origin.fill, dtype=getattr(torch, step.target.dtype)) for step in steps]
         return [from_torch(_cast(tensor, spec)) for tensor, spec in zip(filled, wanted, strict=True)]
+    if source := _unchanged(steps, checkpoint, specs):
+        return [source.read()]
     sources = [checkpoint.tensors[name] for name in origin.sources]
-    if not origin.ops.ops and len(sources) == 1 and wanted[0].dtype == sources[0].spec.dtype:
-        return [sources[0].read()]
     tensors = [to_torch(source.read(), source.spec) for source in sources]
     try:
         results = origin.ops.run(tensors, origin.parts)
@@ -132,12 +165,23 @@ def _cast(tensor: Any, spec: TensorSpec) -> Any:
     dtype = getattr(torch, spec.dtype)
     if tensor.dtype == dtype:
         return tensor
-    cast = tensor.to(dtype)
+    narrow = tensor.dtype == torch.float64 and dtype.itemsize == 2
+    cast = (_to_odd(tensor) if narrow else tensor).to(dtype)
     if overflow := int((torch.isfinite(tensor) & ~torch.isfinite(cast)).sum()):
         raise OutputError(
             f"{overflow} values do not fit {spec.dtype}", tensor=spec.name, cure="try --dtype bfloat16 or float32"
         )
     return cast
+
+
+def _to_odd(tensor: Any) -> Any:
+    """float64 as float32, rounded to odd: torch goes this way to 16 bits, and would round to even twice."""
+    import torch
+
+    single = tensor.to(torch.float32)
+    back = single.to(torch.float64)
+    bits = single.view(torch.int32) - (back.abs() > tensor.abs()).to(torch.int32)
+    return (bits | (back != tensor).to(torch.int32)).view(torch.float32)
 
 
 def _emitted(spec: TensorSpec, dtype: str) -> TensorSpec:

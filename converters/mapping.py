@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from converters.errors import MappingError
 from converters.names import Match, Pattern, Template, split
 from converters.ops import IDENTITY, Pipeline
-from converters.schema import MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import Deviation, MappingFile, ReferenceFile, Refusal, RowFile, validate
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -110,6 +110,8 @@ class Mapping:
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
+    taps: tuple[Rule, ...]
+    deviation: tuple[tuple[Pattern, Deviation], ...]
     lines: Lines = field(repr=False)
     title: str = ""  # the file's first comment
 
@@ -127,7 +129,7 @@ class Mapping:
         return segments
 
 
-Row = TypeVar("Row", Rule | Drop, Fill)
+Row = TypeVar("Row", bound=Rule | Drop | Fill)
 
 
 def most_specific(rows: Iterable[Row], name: tuple[str, ...]) -> tuple[list[Row], Match | None]:
@@ -197,17 +199,20 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
     for key, text in file.ops.items():
         _check_op(key, text, lines)
     numbered = {key: pattern(text, "enumerate", key) for key, text in file.enumerate.items()}
-    rows: list[Rule | Drop] = []
-    for left, right in file.rules.items():
-        parsed = pattern(left, "rules", left)
+
+    def rule(table: str, left: str, ways: list[str | RowFile], numbers: dict[str, Pattern]) -> Rule:
+        parsed = pattern(left, table, left)
         if None in parsed.segments:
-            raise lines.error("`**` stands in drop and fill only", "rules", left)
-        ways = right if isinstance(right, list) else [right]
+            raise lines.error("`**` stands in drop and fill only", table, left)
         try:
-            compiled = tuple(_way(way, parsed, numbered, file.ops) for way in ways)
+            return Rule(lines.of(table, left), parsed, tuple(_way(way, parsed, numbers, file.ops) for way in ways))
         except ValueError as error:
-            raise lines.error(str(error), "rules", left) from None
-        rows.append(Rule(lines.of("rules", left), parsed, compiled))
+            raise lines.error(str(error), table, left) from None
+
+    rows: list[Rule | Drop] = [
+        rule("rules", left, right if isinstance(right, list) else [right], numbered)
+        for left, right in file.rules.items()
+    ]
     rows += [Drop(lines.of("drop", left), pattern(left, "drop", left), reason) for left, reason in file.drop.items()]
     references = file.reference if isinstance(file.reference, list) else [file.reference]
     strip = [file.strip] if isinstance(file.strip, str) else file.strip
@@ -230,6 +235,8 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         preprocess=file.preprocess,
         references=tuple(references),
         refuse=tuple(file.refuse),
+        taps=tuple(rule("taps", left, [right], {}) for left, right in file.taps.items()),
+        deviation=tuple((pattern(one.where, "deviation", i, "where"), one) for i, one in enumerate(file.deviation)),
         lines=lines,
         title=title,
     )

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from converters.strict_yaml import Lines
 
-__all__ = ["Evidence", "MappingFile", "ReferenceFile", "Refusal", "RowFile", "When", "validate"]
+__all__ = ["Deviation", "Evidence", "MappingFile", "ReferenceFile", "Refusal", "RowFile", "When", "validate"]
 
 _SOME = Field(min_length=1)
+Plain = bool | int | float | str
 
 
 class _Strict(BaseModel):
@@ -61,6 +62,17 @@ class Refusal(_Strict):
     unless: Evidence | None = None  # what proves that it is not so; without that proof the report carries the reason
 
 
+class Deviation(_Strict):
+    """What timm cannot compute as the source does, and how far that may take the outputs away."""
+
+    where: str  # timm's modules, as a pattern
+    attribute: str
+    source: Plain
+    target: Plain
+    bound: Annotated[float, Field(gt=0, lt=1)]  # in place of parity's own
+    reason: Annotated[str, _SOME]
+
+
 class MappingFile(_Strict):
     """The schema of a mapping file."""
 
@@ -78,6 +90,8 @@ class MappingFile(_Strict):
     preprocess: dict[str, Any] = {}
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
+    taps: dict[str, str] = {}  # source module: whose output timm's has, and ops that lay timm's out as the source's
+    deviation: list[Deviation] = []
 
 
 def validate(data: Any, lines: Lines) -> MappingFile:

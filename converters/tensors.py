@@ -63,10 +63,14 @@ class LazyTensor:
 
     `read()` returns exactly `spec.nbytes` bytes, C-contiguous and little-endian, in writable memory that
     nobody else holds. It raises CheckpointError when the file is damaged there.
+
+    Where these bytes stand in a file as they are, `copy(file descriptor, offset)` copies them there without
+    bringing them into memory. It leaves checksums to `Checkpoint.sha256`, which reads every byte anyway.
     """
 
     spec: TensorSpec
     read: Callable[[], memoryview]
+    copy: Callable[[int, int], None] | None = None
     lossy: str = ""  # what its values went through before: "dequantized from qint8"
 
 
@@ -85,4 +89,4 @@ def from_torch(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -83,6 +83,13 @@ def test_a_headless_timm_checkpoint_is_found(timm_source):
     assert plan.skeleton.args == {"num_classes": 0}
 
 
+@pytest.mark.parametrize(("architecture", "channels"), [("test_vit", 1), ("tresnet_m", 3), ("tresnet_m", 1)])
+def test_input_channels_are_those_of_the_image(timm_source, architecture, channels):
+    """TResNet folds 4x4 pixels into channels before its first convolution."""
+    plan = find_plan(timm_source(architecture, {"arch": architecture}, in_chans=channels))
+    assert plan.skeleton.args.get("in_chans", 3) == channels
+
+
 def test_a_target_that_does_not_fit_is_diagnosed(timm_source):
     with pytest.raises(PlanError, match="does not close on resnet34"):
         find_plan(timm_source("resnet18"), target="resnet34")

@@ -186,6 +186,41 @@ def test_each_source_is_read_once_in_the_order_of_the_file(family, checkpoint, t
     assert sum(seen) == sum(spec.nbytes for spec in specs.values())
 
 
+def test_bytes_that_stay_as_they_are_are_copied(family, checkpoint, tmp_path):
+    """Only what an op or a cast changes passes through memory."""
+    mapping = family("rules:\n  turned: 'turned | o i -> i o'\n  '{*}': '{*}'")
+    tensors = {
+        "turned": torch.randn(2, 3),
+        "same": torch.randn(5),
+        "count": torch.tensor([3]),
+        "half": torch.ones(2).half(),
+    }
+    copied: list[str] = []
+
+    def copying(tensor: LazyTensor) -> LazyTensor:
+        def copy(file: int, offset: int) -> None:
+            copied.append(tensor.spec.name)
+            os.pwrite(file, tensor.read(), offset)
+
+        return replace(tensor, copy=copy)
+
+    source = checkpoint(tensors)
+    source = replace(source, tensors={name: copying(tensor) for name, tensor in source.tensors.items()})
+    targets = checkpoint({**tensors, "turned": tensors["turned"].T}).specs
+    plan = make_plan(mapping, route(mapping, source.specs), Skeleton("tiny", {}, targets, None))
+    seen: list[int] = []
+    write_tensors(plan, source, tmp_path / "source", progress=seen.append)
+    assert copied == ["same", "count", "half"]
+    expected = {**tensors, "turned": tensors["turned"].T.contiguous()}
+    save_file(expected, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "source").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert sum(seen) == sum(spec.nbytes for spec in targets.values())
+    copied.clear()
+    write_tensors(plan, source, tmp_path / "float16", dtype="float16")
+    assert copied == ["count", "half"]
+    assert load_file(tmp_path / "float16")["same"].tolist() == tensors["same"].half().tolist()
+
+
 def damaged() -> memoryview:
     raise DamagedCheckpoint("its CRC differs", file="source.pth", tensor="b")
 
@@ -208,6 +243,12 @@ def small(family, checkpoint) -> Callable[..., None]:
             (folder / "conversion.json").write_text("{}")
 
     return write
+
+
+def state(path: Path) -> tuple[object, ...]:
+    """What a write would change; a look changes the time of access."""
+    found = path.stat()
+    return found.st_ino, found.st_mode, found.st_size, path.is_file() and (found.st_mtime_ns, path.read_bytes())
 
 
 def interrupted() -> memoryview:
@@ -246,11 +287,11 @@ def test_a_failure_leaves_nothing(small, tmp_path, monkeypatch, read, patch, exp
 def test_a_failure_leaves_the_old_conversion(small, tmp_path):
     place = tmp_path / "place"
     small(place / "out")
-    before = (place / "out" / "model.safetensors").stat()
+    before = state(place / "out" / "model.safetensors")
     with pytest.raises(CheckpointError):
         small(place / "out", damaged, overwrite=True)
     assert [path.name for path in place.iterdir()] == ["out"]
-    assert (place / "out" / "model.safetensors").stat() == before
+    assert state(place / "out" / "model.safetensors") == before
 
 
 def test_a_rename_that_fails_brings_the_old_conversion_back(small, tmp_path, monkeypatch):
@@ -323,7 +364,7 @@ def there(tmp_path: Path) -> Iterator[dict[str, Path]]:
     ],
 )
 def test_destinations(small, tmp_path, there, name, overwrite, problem):
-    before = {path: path.stat() for path in tmp_path.rglob("*") if path.exists()}
+    before = {path: state(path) for path in tmp_path.rglob("*") if path.exists()}
     if problem is None:
         small(tmp_path / name, overwrite=overwrite)
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["conversion.json", "model.safetensors"]
@@ -332,7 +373,7 @@ def test_destinations(small, tmp_path, there, name, overwrite, problem):
         small(tmp_path / name, overwrite=overwrite)
     assert str(caught.value).startswith(f"{str(tmp_path / name)[:200]}")
     assert problem in str(caught.value)
-    after = {path: path.stat() for path in tmp_path.rglob("*") if path.exists() and path.suffix != ".yaml"}
+    after = {path: state(path) for path in tmp_path.rglob("*") if path.exists() and path.suffix != ".yaml"}
     assert after == before
 
 

@@ -7,6 +7,7 @@ the files it names. To add a format, write a module beside these and add its nam
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from converters.tensors import LazyTensor, TensorSpec
 __all__ = ["READERS", "Checkpoint", "Contents", "Reader", "open_checkpoint"]
 
 READERS = (  # first to accept wins
-    *("safetensors", "tensorflow", "keras", "huggingface", "torch_distributed", "deepspeed"),
-    *("torch_export", "torch_zip", "torch_legacy", "numpy_pickle"),
+    *("safetensors", "saved_model", "tensorflow", "keras", "huggingface", "torch_distributed", "deepspeed", "orbax"),
+    *("npz", "torch_export", "torch_zip", "torch_legacy", "numpy_pickle", "onnx", "graph_def", "flax"),
 )
 
 
@@ -72,17 +73,23 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """The content's SHA-256 in hex; of several files, that of the lines `<sha256>  <name>` in order of names."""
-        digests = {file.path.name: file.sha256() for file in self.files}
+        digests = {self._name_of(file): file.sha256() for file in self.files}
         if len(digests) == 1:
             return next(iter(digests.values()))
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    def _name_of(self, file: SourceFile) -> str:
+        """A file's path within the checkpoint's folder, or its name."""
+        inside = self.path.is_dir() and file.path.is_relative_to(self.path)
+        return file.path.relative_to(self.path).as_posix() if inside else file.path.name
+
 
 def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None, ema: bool | None = None) -> Checkpoint:
     """Open whatever lies at `path` and find the state dict in it.
 
-    `key` is the path of a nested state dict ("model", "teacher.backbone"); `ema` asks for the averaged
+    `key` is the path of a nested state dict ("model", "teacher.backbone"), whose end may be what names begin
+    with; `ema` asks for the averaged
     (True) or the raw weights (False) where a file holds both; by default the averaged ones are taken.
     Raises CheckpointError (one line that names the file and the tensor).
     """
@@ -121,7 +128,8 @@ def _find_reader(path: Path) -> Reader:
 
 def _is_bundle_prefix(path: Path) -> bool:
     """TensorFlow names a checkpoint by the common prefix of its files; a folder may hold one."""
-    return path.is_dir() or path.with_name(path.name + ".index").is_file()
+    tables = path.parent.glob(f"{glob.escape(path.name)}-00000-of-?????")
+    return path.is_dir() or path.with_name(path.name + ".index").is_file() or any(tables)
 
 
 def _what_it_is(head: bytes) -> str:

@@ -61,7 +61,9 @@ def read(path: Path) -> Contents:
         masters = dict(_merge(state, parts))
         weights = _replace(module, masters, state)
         left = sum(name not in masters for name in weights)
-        note = f"{len(masters)} weights are float32, from {len(parts)} optimizer parts; {left} are as the module has them"
+        note = (
+            f"{len(masters)} weights are float32, from {len(parts)} optimizer parts; {left} are as the module has them"
+        )
     elif any(tensor.spec.dtype != "float32" for tensor in module.values() if _is_floating(tensor)):
         note = "the float32 weights are not there; these are the module's copies"
     files = [*([latest] if latest else []), *(one.archive.file for one in (state, *parts))]
@@ -69,7 +71,7 @@ def read(path: Path) -> Contents:
     return Contents(
         tree={**tree, "module": weights},
         files=tuple(file for file in files if isinstance(file, SourceFile)),
-        integrity=state.integrity,
+        integrity="; ".join(dict.fromkeys(one.integrity for one in (state, *parts))),
         writer=f"DeepSpeed {version}" if isinstance(version, str) else None,
         notes=(note,) if note else (),
     )

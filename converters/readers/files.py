@@ -7,7 +7,8 @@ import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Callable
+import zlib
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class SourceFile:
             self.close()
             raise CheckpointError("is not a regular file", file=self.path)
         self.size = self._stat.st_size
+        self._crcs: dict[int, tuple[int, int, str]] = {}  # offset: bytes, CRC-32, tensor
 
     def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
         """Exactly `nbytes` bytes from `offset` in fresh, writable memory; DamagedCheckpoint if the file is shorter."""
@@ -58,14 +60,45 @@ class SourceFile:
             done += count
         return buffer
 
-    def sha256(self, progress: Callable[[int], None] | None = None) -> str:
-        """The content's SHA-256 in hex; `progress` is called with the bytes of each piece."""
+    def copy(self, offset: int, nbytes: int, tensor: str, file: int, at: int) -> None:
+        """Copy bytes to an open file without bringing them into memory, where the system can."""
+        while nbytes and hasattr(os, "copy_file_range"):
+            try:
+                count = os.copy_file_range(self._fd, file, nbytes, offset, at)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                    raise
+                break  # not between these two files
+            if count == 0:
+                raise CheckpointError("became shorter while it was read", file=self.path, tensor=tensor)
+            offset, at, nbytes = offset + count, at + count, nbytes - count
+        while nbytes:
+            raw = self.read(offset, min(nbytes, CHUNK), tensor)
+            count = os.pwrite(file, raw, at)
+            offset, at, nbytes = offset + count, at + count, nbytes - count
+
+    def expect(self, offset: int, nbytes: int, crc: int, tensor: str) -> None:
+        """Have `sha256` compare the CRC-32 of these bytes on its way; they overlap no others."""
+        self._crcs.setdefault(offset, (nbytes, crc, tensor))
+
+    def sha256(self) -> str:
+        """The content's SHA-256 in hex. Raises DamagedCheckpoint where an expected CRC-32 differs."""
         digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(CHUNK)), 0
+        expected = deque(sorted((start, *rest) for start, rest in self._crcs.items()))
+        crc = 0
         while count := os.preadv(self._fd, [buffer], offset):
             digest.update(buffer[:count])
+            while expected and expected[0][0] < offset + count:
+                start, nbytes, wanted, tensor = expected[0]
+                piece = buffer[max(start - offset, 0) : min(start + nbytes - offset, count)]
+                crc = zlib.crc32(piece, crc)
+                if start + nbytes > offset + count:
+                    break
+                if crc != wanted:
+                    raise DamagedCheckpoint("its CRC-32 differs", file=self.path, tensor=tensor, cure="fetch it again")
+                expected.popleft()
+                crc = 0
             offset += count
-            if progress:
-                progress(count)
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:
@@ -107,6 +140,14 @@ class Window:
             problem = f"bytes {offset} to {offset + nbytes} of its part at {self.start} lie outside {self.size}"
             raise DamagedCheckpoint(problem, file=self.path, tensor=tensor)
         return self.file.read(self.start + offset, nbytes, tensor)
+
+    def copy(self, offset: int, nbytes: int, tensor: str, file: int, at: int) -> None:
+        """As `SourceFile.copy`, from this stretch."""
+        self.file.copy(self.start + offset, nbytes, tensor, file, at)
+
+    def expect(self, offset: int, nbytes: int, crc: int, tensor: str) -> None:
+        """As `SourceFile.expect`, for bytes of this stretch."""
+        self.file.expect(self.start + offset, nbytes, crc, tensor)
 
 
 def _fresh(nbytes: int) -> memoryview:

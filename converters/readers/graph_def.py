@@ -30,8 +30,9 @@ FORMAT = "TensorFlow frozen graph"
 NODE, LIBRARY, VERSIONS, TENSOR = 1, 2, 4, 8
 KNOWN = range(1, 6)  # fields of a graph
 STRING = 7  # TensorFlow's DataType
-MAX_NODES = 1 << 18
-MAX_CHAIN = 64
+MAX_NODES = 1 << 17
+MAX_CHAIN = 64  # of Identities
+MAX_PREFIX = 512  # characters before the name of every node of a function
 ASIDE = "integers, text and scalars of the graph"
 
 
@@ -53,7 +54,8 @@ def read(path: Path) -> Contents:
     graph = Span.whole(source)
     tree, set_aside = read_constants(graph)
     with blame(source):
-        producer = sum(Message(value).integer(1) for number, value in fields(graph) if number == VERSIONS)
+        versions = [value for number, value in fields(graph) if number == VERSIONS and isinstance(value, Span)]
+        producer = Message(versions[-1]).integer(1) if versions else 0
     return Contents(
         tree=tree,
         files=(source,),
@@ -88,6 +90,8 @@ def _nodes(graph: Span) -> Iterator[tuple[str, memoryview | Span]]:
         elif number == LIBRARY and not isinstance(value, int):
             for function in Message(value).messages(1):
                 prefix = f"{function.message(1).text(1)}/"
+                if len(prefix) > MAX_PREFIX:
+                    raise Malformed(f"a function's name takes {len(prefix)} characters")
                 for node in function.parts(3):
                     yield prefix, node
 
@@ -102,19 +106,22 @@ class _Found:
     concats: list[tuple[list[str], str]] = field(default_factory=list)  # what is joined, the axis
 
     def add(self, prefix: str, node: Message) -> None:
-        name, op = prefix + node.text(1), node.text(2)
-        if op == "Const":
+        op = bytes(node.view(2))
+        if op not in (b"Const", b"Identity", b"ConcatV2", b"Concat"):
+            return
+        name = prefix + node.text(1)
+        if op == b"Const":
             if name in self.constants:
                 raise DamagedCheckpoint("is the name of two nodes", file=self.file.path, tensor=name)
             values = [attribute.message(2) for attribute in node.messages(5) if attribute.text(1) == "value"]
             self.constants[name] = values[-1].message(TENSOR) if values else Message(b"")
-        elif op in ("Identity", "ConcatV2", "Concat"):
-            inputs = [prefix + text.partition(":")[0] for text in node.texts(3) if not text.startswith("^")]
-            if op == "Identity":
-                self.reads[name] = inputs[0] if inputs else ""
-            elif inputs:
-                axis = inputs.pop(0 if op == "Concat" else -1)
-                self.concats.append((inputs, axis))
+            return
+        inputs = [prefix + text.partition(":")[0] for text in node.texts(3) if not text.startswith("^")]
+        if op == b"Identity":
+            self.reads[name] = inputs[0] if inputs else ""
+        elif inputs:
+            axis = inputs.pop(0 if op == b"Concat" else -1)
+            self.concats.append((inputs, axis))
 
     def weights(self) -> dict[str, Any]:
         """The constants that can be weights."""

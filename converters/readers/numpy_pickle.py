@@ -117,6 +117,8 @@ class _Array:
         if axes != tuple(range(len(axes))) and spec.numel:
             strides = [math.prod(shape[axis + 1 :]) for axis in axes]
             read = partial(gather, read, spec.shape, tuple(strides), DTYPES[dtype][1])
+        elif isinstance(data, Blob) and not data.is_text:
+            return LazyTensor(spec, read, partial(self.file.copy, data.offset, data.nbytes, name))
         return LazyTensor(spec, read)
 
     def number(self, name: str) -> Any:
@@ -140,18 +142,18 @@ class _Array:
         if self.dtype.state is not None and self.dtype.state[1] == ">":
             return "", "is big-endian; save it on a little-endian machine"
         dtype = NAMES.get(code, code)
-        return dtype, f"is of dtype {printable(dtype)}, which is not converted"
+        return dtype, None if dtype in DTYPES else f"is of dtype {printable(dtype)}, which is not converted"
 
     def _data(self) -> Blob | bytes | bytearray | str:
         """The data, from the call that encodes it in protocol 2."""
-        if not isinstance(self.data, Opaque):
-            return self.data
-        if self.data.symbol == Symbol("builtins", "bytes"):  # none
-            return b""
-        text, encoding = self.data.arguments
-        if self.data.symbol != Symbol("_codecs", "encode") or encoding != "latin1":
-            raise ValueError
-        return text
+        data = self.data
+        if isinstance(data, Opaque) and data.symbol == Symbol("_codecs", "encode") and data.arguments[1] == "latin1":
+            data = data.arguments[0]
+        elif isinstance(data, Opaque) and data.symbol == Symbol("builtins", "bytes"):  # none
+            data = b""
+        if not isinstance(data, Blob | bytes | bytearray | str):
+            raise TypeError
+        return data
 
 
 def _read(file: SourceFile, data: Blob | bytes | bytearray | str, spec: TensorSpec) -> memoryview:

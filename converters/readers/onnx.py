@@ -31,7 +31,8 @@ FORMAT = "ONNX"
 NUMBERS, BYTES = {1, 5}, {2, 3, 4, 6, 7, 8, 14, 20, 25, 26}  # fields of a model
 IR_VERSION, GRAPH = 1, 7
 MAX_DEPTH = 8  # of graphs in nodes
-MAX_NODES = 1 << 18
+MAX_NODES = 1 << 17
+MAX_PREFIX = 512  # characters before the name of every node of a function
 
 
 def accepts(path: Path, head: bytes) -> bool:
@@ -59,7 +60,7 @@ def read(path: Path) -> Contents:
         found = _Found(source)
         found.walk(model.message(GRAPH))
         for function in model.messages(25):
-            found.visit(function, 7, f"{function.text(1)}/", 0)
+            found.visit(function, 7, f"{function.text(1)[:MAX_PREFIX]}/", 0)
         producer = f"{model.text(2)} {model.text(3)}".strip()
         opsets = {opset.text(1) or "ai.onnx": opset.integer(2) for opset in model.messages(8)}
         beside = {"ir_version": model.integer(IR_VERSION), "opset": opsets}

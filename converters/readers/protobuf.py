@@ -55,7 +55,7 @@ class ReadAhead:
         return self._piece[at : at + size]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Span:
     """Bytes in a file, unread."""
 
@@ -64,15 +64,18 @@ class Span:
     size: int
 
     @classmethod
-    def whole(cls, file: SourceFile) -> Span:
-        return cls(ReadAhead(file), 0, file.size)
+    def whole(cls, source: SourceFile) -> Span:
+        return cls(ReadAhead(source), 0, source.size)
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, part: slice) -> Span:
-        start, stop, _ = part.indices(self.size)
-        return Span(self.file, self.start + start, max(0, stop - start))
+    def part(self, at: int, size: int) -> Span:
+        return Span(self.file, self.start + at, size)
+
+    def head(self, at: int) -> memoryview:
+        """What a tag and what follows it can take."""
+        return self.file.view(self.start + at, min(HEAD, self.size - at))
 
     def view(self) -> memoryview:
         """The bytes of something small."""
@@ -134,9 +137,9 @@ def fields(data: memoryview | bytes | Span) -> Iterator[tuple[int, int | memoryv
     [(1, 5), (2, b'hi')]
     """
     data, at = data if isinstance(data, Span) else memoryview(data), 0
-    while at < len(data):
-        head = data[at : at + HEAD]
-        head = head.view() if isinstance(head, Span) else head
+    size = len(data)
+    while at < size:
+        head = data.head(at) if isinstance(data, Span) else data[at : at + HEAD]
         tag, used = varint(head, 0)
         number, wire = tag >> 3, tag & 7
         if not number:
@@ -153,13 +156,13 @@ def fields(data: memoryview | bytes | Span) -> Iterator[tuple[int, int | memoryv
         else:
             raise Malformed(f"field {number} has the wire type {wire}")
         at += used
-        if length > len(data) - at:
-            raise Malformed(f"field {number} has {length} bytes where {len(data) - at} are left")
-        at += length
-        if wire == 2:
-            yield number, data[at - length : at]
-        else:
+        if length > size - at:
+            raise Malformed(f"field {number} has {length} bytes where {size - at} are left")
+        if wire != 2:
             yield number, int.from_bytes(head[used : used + length], "little")
+        else:
+            yield number, data.part(at, length) if isinstance(data, Span) else data[at : at + length]
+        at += length
 
 
 class Message:

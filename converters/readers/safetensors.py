@@ -6,6 +6,7 @@ checksum.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from converters.tensors import DTYPES, LazyTensor, TensorSpec
 __all__ = ["FORMAT", "accepts", "read"]
 
 FORMAT = "safetensors"
+SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
 MAX_HEADER = 100_000_000  # bytes, as the library has it
 NAMES = {code: name for name, (code, _) in DTYPES.items()}
 
@@ -30,7 +32,9 @@ def accepts(path: Path, head: bytes) -> bool:
 
 def read(path: Path) -> Contents:
     source = SourceFile(path)
-    return Contents(_open_shard(source), (source,), "none in format")
+    shard = SHARD.fullmatch(path.name)
+    note = f"this is shard {int(shard[1])} of {int(shard[2])}; the path of their folder gives them all" if shard else ""
+    return Contents(_open_shard(source), (source,), "none in format", notes=(note,) if note else ())
 
 
 def _open_shard(source: SourceFile) -> dict[str, Any]:
@@ -47,7 +51,8 @@ def _open_shard(source: SourceFile) -> dict[str, Any]:
     ranges = []
     for name, entry in header.items():
         spec, begin, end = _check(name, entry, source.path)
-        tree[name] = LazyTensor(spec, partial(source.read, 8 + length + begin, end - begin, name))
+        place = 8 + length + begin, end - begin, name
+        tree[name] = LazyTensor(spec, partial(source.read, *place), partial(source.copy, *place))
         ranges.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(ranges):

@@ -84,7 +84,8 @@ class Table:
         if at == len(self._lasts):
             return None
         with _damage(self.file):
-            return next((value for found, value in _entries(_block(self.file, *self._places[at])) if found == key), None)
+            entries = _entries(_block(self.file, *self._places[at]))
+            return next((value for found, value in entries if found == key), None)
 
 
 class _Budget:

@@ -151,4 +151,4 @@ def _unpack(parts: list[memoryview | Span], spec: TensorSpec, layout: Layout) ->
     whole[: len(values)] = values
     if len(values):
         whole[len(values) :] = values[-1]
-    return memoryview(whole.view(np.uint8)) if spec.numel else memoryview(bytearray())
+    return whole.view(np.uint8).data if spec.numel else memoryview(bytearray())

@@ -18,7 +18,7 @@ from converters.tensors import LazyTensor, TensorSpec
 
 __all__ = ["Quantized", "rebuild_quantized"]
 
-INTEGERS = {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}
+INTEGERS = {"qint8": "int8", "quint8": "uint8"}
 PER_TENSOR, PER_CHANNEL = Symbol("torch", "per_tensor_affine"), Symbol("torch", "per_channel_affine")
 
 
@@ -37,21 +37,19 @@ class Quantized:
         record = find(self.integers.storage, name)
         integers = replace(self.integers, dtype=dtype).open(name, record)
         parts = [part.open(name, find(part.storage, name)) for part in (self.scale, self.zero_point) if _is_view(part)]
-        if not (isinstance(integers, LazyTensor) and all(isinstance(part, LazyTensor) for part in parts)):
-            return Opaque(Symbol("torch", dtype), "is quantized by odd scales; dequantize it and save again")
+        if [part.spec.dtype for part in parts if isinstance(part, LazyTensor)] not in ([], ["float64", "int64"]):
+            why = "is quantized with zero points that are no integers; dequantize it and save again"
+            return Opaque(Symbol("torch", "Tensor"), why)
+        assert isinstance(integers, LazyTensor)
         spec = TensorSpec(name, integers.spec.shape, "float32")
         if parts and not self._fits(parts, spec.shape):
             raise DamagedCheckpoint("its scales do not fit its shape", file=record.file.path, tensor=name)
         read = partial(self._dequantize, integers, parts, spec)
-        return LazyTensor(spec, read, f"dequantized from {self.integers.dtype}")
+        return LazyTensor(spec, read, lossy=f"dequantized from {self.integers.dtype}")
 
     def _fits(self, parts: list[Any], shape: tuple[int, ...]) -> bool:
-        if not (type(self.axis) is int and 0 <= self.axis < len(shape)):
-            return False
-        return [(part.spec.shape, part.spec.dtype) for part in parts] == [
-            ((shape[self.axis],), "float64"),
-            ((shape[self.axis],), "int64"),
-        ]
+        is_axis = type(self.axis) is int and 0 <= self.axis < len(shape)
+        return is_axis and all(part.spec.shape == (shape[self.axis],) for part in parts)
 
     def _dequantize(self, integers: LazyTensor, parts: list[LazyTensor], spec: TensorSpec) -> memoryview:
         import numpy as np

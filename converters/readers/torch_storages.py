@@ -121,10 +121,13 @@ class View:
                 tensor=name,
                 cure="save it with .contiguous()",
             )
-        read = partial(record.read, first + offset * itemsize, span * itemsize, name)
+        start, nbytes = first + offset * itemsize, span * itemsize
+        read = partial(record.read, start, nbytes, name)
         if not _is_contiguous(shape, strides):
-            read = partial(gather, read, spec.shape, tuple(strides), itemsize)
-        return LazyTensor(spec, read)
+            return LazyTensor(spec, partial(gather, read, spec.shape, tuple(strides), itemsize))
+        if record.crc is not None:
+            record.file.expect(record.offset, record.nbytes, record.crc, name)
+        return LazyTensor(spec, read, partial(record.file.copy, record.offset + start, nbytes, name))
 
 
 def resolve(name: Any) -> Any:

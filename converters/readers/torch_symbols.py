@@ -19,6 +19,8 @@ def why_no_tensor(symbol: Symbol) -> str | None:
     """The reason why what `symbol` makes is no tensor here; None if it would not be one anywhere."""
     if symbol.module.startswith("torch.distributed"):
         return "is one process's part of a distributed tensor; gather the full state dict and save that"
+    if ".quantized." in symbol.module:
+        return "is a quantized layer with its weights packed; convert the float model"
     return REASONS.get(symbol.name) if symbol.module.startswith("torch.") else None
 
 

@@ -15,8 +15,8 @@ from converters.reports.dossier import Mutant, Tap
 
 __all__ = ["Bar", "Cell", "DepthChart", "Heatmap", "Point", "depth_chart", "heatmap", "margin_bars"]
 
-WIDTH, HEIGHT = 880.0, 340.0
-LEFT, RIGHT, TOP, BOTTOM = 56.0, 12.0, 26.0, 34.0  # margins
+WIDTH, HEIGHT = 880.0, 360.0
+LEFT, RIGHT, TOP, BOTTOM = 56.0, 12.0, 44.0, 34.0  # margins
 COLUMNS, CELL = 32, 22.0
 SHADES = 6
 BAR = 140.0
@@ -56,6 +56,14 @@ class DepthChart:
     right: float = WIDTH - RIGHT
     top: float = TOP
     bottom: float = HEIGHT - BOTTOM
+
+    @property
+    def marks(self) -> list[tuple[Point, str, float]]:
+        """What is marked in the chart, and the height of its label."""
+        if self.diverges and self.culprit and self.diverges.x == self.culprit.x:
+            return [(self.culprit, "culprit and first divergence", 12.0)]
+        marks = ((self.culprit, "culprit", 12.0), (self.diverges, "first divergence", 28.0))
+        return [(point, label, y) for point, label, y in marks if point]
 
     @property
     def line(self) -> str:

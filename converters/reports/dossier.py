@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from converters.errors import CheckpointError, printable
 
@@ -24,6 +24,7 @@ __all__ = [
     "Comparison",
     "Config",
     "Conversion",
+    "Deviation",
     "Dossier",
     "Finding",
     "Mutant",
@@ -40,6 +41,11 @@ Outcome = Literal["passed", "failed", "unproven"]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class Comparison(_Part):
@@ -130,6 +136,15 @@ class Origin(_Part):
     fill: float | None = None
 
 
+class Deviation(_Part):
+    """What timm cannot compute as the source does, and the bound that takes parity's place."""
+
+    reason: str
+    bound: float
+    attribute: str = ""
+    where: tuple[str, ...] = ()
+
+
 class Conversion(_Part):
     """conversion.json."""
 
@@ -140,7 +155,7 @@ class Conversion(_Part):
     target: Target = Target()
     dtype: str = "source"
     caveats: tuple[str, ...] = ()
-    deviations: tuple[str, ...] = ()
+    deviation: tuple[Deviation, ...] = ()
     tensors: dict[str, Origin] = {}
     drops: dict[str, str] = {}
     set_aside: dict[str, str] = {}
@@ -158,7 +173,6 @@ class Config(_Part):
 class Reference(_Part):
     runner: str | None = None
     framework: dict[str, str] = {}
-    source: dict[str, Any] = {}
 
 
 class Verification(_Part):
@@ -169,12 +183,12 @@ class Verification(_Part):
     precision: str = ""
     warnings: tuple[str, ...] = ()
     reference: Reference = Reference()
-    target: dict[str, Any] = {}
+    target: dict[str, str] = {}
     comparisons: tuple[Comparison, ...] = ()
     taps: tuple[Tap, ...] = ()
     first_divergence: Tap | None = None
     culprit: str | None = None
-    audit: tuple[Finding, ...] = ()
+    audit: tuple[Finding, ...] | None = None
     mutants: Mutants | None = None
 
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from converters.readers import Checkpoint
 if TYPE_CHECKING:
     from converters.demo import Demo
     from converters.verifier import Verdict
+    from converters.verifier.recording import Recording
 
 __all__ = [
     "console",
@@ -32,7 +34,9 @@ __all__ = [
     "show_families",
     "show_family",
     "show_inspection",
+    "show_recording",
     "show_verdict",
+    "show_worker",
     "status",
 ]
 
@@ -149,6 +153,25 @@ def show_verdict(verdict: Verdict) -> None:
     console.print(table)
     for warning in verdict.warnings:
         console.print(f"[yellow]warning[/]    {escape(printable(warning, 1000))}")
+
+
+def show_recording(recording: Recording, path: Path) -> None:
+    """What was recorded, and with what."""
+    about = recording.about
+    _say("recorded", path)
+    _say("reference", f"{about['runner']} on {about['source']['file']}")
+    _say("framework", ", ".join(f"{name} {version}" for name, version in about.get("framework", {}).items()))
+    _say("outputs", ", ".join(recording.output_names) + f" in {' and '.join(recording.outputs)}")
+    for note in about.get("notes", []):
+        console.print(f"[yellow]warning[/]    {escape(printable(str(note), 1000))}")
+
+
+def show_worker(folder: Path, checkpoint: Path) -> None:
+    """How to run a worker's folder elsewhere."""
+    _say("wrote", folder)
+    _say("copy it", f"with {checkpoint.name} to a machine whose Python has the framework and numpy, and there:")
+    _say("", f"python {folder.name}/references.pyz {folder.name} {checkpoint.name}")
+    _say("take back", f"{folder.name}/recording.npz, for `timmport verify --reference`")
 
 
 def show_demo(demo: Demo) -> None:

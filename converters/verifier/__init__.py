@@ -2,6 +2,7 @@
 
     probes ---> reference worker ---> recording --,
        `------> the folder, in timm --------------+--> compare ---> Verdict
+                                                  `--> taps, local, audit: where and why
 
 A recording made elsewhere can stand where the worker does.
 """
@@ -9,22 +10,26 @@ A recording made elsewhere can stand where the worker does.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError, OutputError, ReferenceFailed, printable
-from converters.readers import open_checkpoint
-from converters.verifier.compare import Verdict, compare
-from converters.verifier.probes import probes
-from converters.verifier.recording import read_recording
+from converters.errors import OutputError, ReferenceFailed
+from converters.verifier.audit import audit
+from converters.verifier.choice import make_job, open_source, parse_reference
+from converters.verifier.compare import compare
+from converters.verifier.local import compare_taps
+from converters.verifier.mutants import run_mutants
+from converters.verifier.probes import image_probes, probes
+from converters.verifier.recording import Recording, read_recording
+from converters.verifier.rounding import unrounded, with_errors
 from converters.verifier.subject import Subject, read_subject
-from converters.verifier.target import run_target
+from converters.verifier.target import load_target, run_target, single_threaded
+from converters.verifier.verdict import Verdict
 from converters.verifier.worker import run_reference
 
 __all__ = ["Verdict", "verify"]
-
-WITH_CONFIG = ("mmdet", "mmpretrain", "mmseg")  # the runners that take a config file
 
 
 def verify(
@@ -32,17 +37,24 @@ def verify(
     source: str | os.PathLike[str],
     *,
     reference: str | None = None,
+    outputs: Sequence[str] = (),
+    args: Mapping[str, Any] | None = None,
     python: str | None = None,
     trust: bool = False,
     timeout: float = 900.0,
+    taps: bool = True,
+    mutants: bool = False,
+    images: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verdict:
     """Compare a folder that `convert` wrote with the reference, on the checkpoint that it was converted from.
 
-    `reference` is None or "auto" for the one that the family's mapping names, the path of a recording
-    (`.npz`), or "mmdet:CONFIG.py" (mmpretrain, mmseg) for the model of a config file, which is executed.
-    `python` is the interpreter that has the source framework. `trust` lets the framework unpickle anything
-    that `source` holds. The worker is ended after `timeout` seconds. `progress` is told each step.
+    `reference` is None or "auto" for the one that the family's mapping names, the path of a recording (`.npz`), or
+    another that choice.py lists, with `outputs` and `args` as it describes them. `python` is the interpreter that
+    has the source framework. `trust` lets the framework execute whatever `source` or the reference's file holds.
+    The worker is ended after `timeout` seconds. Without `taps` the outputs are compared and no module inside.
+    With `mutants` a verdict that passes is put to the proof (see mutants.py). `images` is a folder of the user's
+    own, which become a probe. `progress` is told each step.
 
     The verdict is also written to verification.json in the folder. Models that differ are a verdict, not an
     exception; ConverterError is raised when they could not be compared.
@@ -50,43 +62,55 @@ def verify(
     tell = progress or (lambda step: None)
     tell("checking the source")
     subject = read_subject(Path(directory))
-    checkpoint = open_checkpoint(source)
-    sha256 = checkpoint.sha256()
-    if sha256 != subject.sha256:
-        problem = f"is not what was converted: its sha256 is {sha256[:12]}..., not {printable(subject.sha256[:12])}..."
-        raise CheckpointError(problem, file=source, cure="give the original, or convert this one")
+    checkpoint = open_source(subject, source)
     tell("running the reference")
     if reference is not None and reference.endswith(".npz"):
+        if images is not None:
+            raise ReferenceFailed("is a recording, and images are none of its probes", file=reference)
         recording = read_recording(reference)
     else:
-        files = [os.path.abspath(file.path) for file in checkpoint.files]
-        job = {**_job(reference or "auto", subject), "trust": trust}
-        job["source"] = {"file": os.path.abspath(source), "files": files}
-        recording = run_reference(job, probes(subject.input_size), python=python, timeout=timeout)
-    if recording.about["source"]["sha256"] != sha256:
+        job = make_job(parse_reference(reference or "auto", subject, outputs, args), subject, checkpoint, trust=trust)
+        if not taps:
+            del job["taps"]
+        inputs = probes(subject.input_size, any_size=job.get("any_size", False))
+        if images is not None:
+            inputs |= image_probes(subject.directory, Path(images))
+        recording = run_reference(job, inputs, python=python, timeout=timeout)
+    if recording.about["source"]["sha256"] != subject.sha256:
         raise ReferenceFailed("ran with another checkpoint than the one that was converted", file=reference or source)
     tell("running the target")
-    outputs = recording.output_names
-    target = run_target(subject.directory, recording.inputs, outputs)
+    weights, rounding = unrounded(subject, checkpoint)
+    names = recording.output_names
+    target = run_target(subject.directory, recording.inputs, names, weights)
     tell("comparing")
-    comparisons = compare(recording.outputs, target, outputs, recording.labels)
-    verdict = Verdict(comparisons, recording.about, subject.about())
+    allowed = sum(one["bound"] for one in subject.deviation)
+    comparisons = compare(recording.outputs, target, names, recording.labels, allowed=allowed)
+    if rounding:
+        rounded = run_target(subject.directory, recording.inputs, names, precisions=["float64"])
+        comparisons = with_errors(comparisons, target["float64"], rounded["float64"])
+    verdict = Verdict(
+        comparisons,
+        recording.about,
+        subject.about(),
+        rounding=rounding,
+        deviation=subject.deviation,
+        **(_look_inside(recording, subject, weights) if recording.taps else {}),
+    )
+    if mutants and verdict.passed:
+        tell("comparing mutants")
+        proof = run_mutants(subject.directory, recording, weights=weights, allowed=allowed)
+        verdict = replace(verdict, mutants=proof)
     _write(subject.directory / "verification.json", verdict.to_json())
     return verdict
 
 
-def _job(reference: str, subject: Subject) -> dict[str, Any]:
-    """What the worker is to build and to give."""
-    runner, _, config = reference.partition(":")
-    if reference != "auto" and not (runner in WITH_CONFIG and config):
-        kinds = ["auto", *(f"{name}:CONFIG.py" for name in WITH_CONFIG), "RECORDING.npz"]
-        raise ReferenceFailed(f"{printable(reference)} is no reference", cure=f"give one of {', '.join(kinds)}")
-    if subject.reference is None:
-        problem = f"the family {printable(subject.family)} names no reference"
-        raise ReferenceFailed(problem, file=subject.directory, cure="give a recording (.npz)")
-    if not config:
-        return dict(subject.reference)
-    return {**subject.reference, "runner": runner, "model": None, "config": os.path.abspath(config)}
+def _look_inside(recording: Recording, subject: Subject, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The verdict's taps, unchecked pairs and audit."""
+    model = load_target(subject.directory, "float64", weights)
+    with single_threaded():
+        taps, unchecked = compare_taps(model, recording, subject.modules, subject.deviation)
+    findings = audit(model, recording.modules, subject.modules, subject.deviation)
+    return {"taps": taps, "unchecked": unchecked, "audit": findings}
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,6 +6,8 @@
     float64.PROBE.OUTPUT    what the reference computed, in either precision or in both
     float32.PROBE.OUTPUT
     labels.PROBE            the true class of each sample, where there is one
+    tap.NUMBER              float64: what entered or left modules, as `about` tells under "taps" and "modules" (see
+                            references/tap_records.py); these are read one by one, when they are asked for
 
 Only `recording` and `source` of the text must be there. OUTPUT is timm's name (see target.py); `ops` lay an
 output out as timm's, and `input` makes timm's input of the reference's (`flip 1`). The reference worker writes
@@ -18,8 +20,11 @@ import io
 import json
 import math
 import os
+import re
 import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,13 +34,35 @@ import numpy as np
 from converters.errors import ReferenceFailed, printable
 from converters.ops import OpError, Pipeline
 
-__all__ = ["PRECISIONS", "Activations", "Recording", "read_recording"]
+__all__ = ["PRECISIONS", "Activations", "Recording", "Taps", "read_recording"]
 
 PRECISIONS = ("float64", "float32")
 LIMIT = 4 << 30  # bytes of all arrays together
 LONGEST = 4 << 20  # letters of `about`
+_TAP = re.compile(r"tap\.[0-9]{1,6}\.npy")
 
 Activations = dict[str, dict[str, dict[str, np.ndarray]]]  # precision -> probe -> output -> array
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What entered and left the reference's modules, float64 and laid out as the reference has it."""
+
+    path: Path
+    archive: zipfile.ZipFile  # its file may be gone from its folder
+    probe: str
+    inputs: dict[str, int]
+    outputs: dict[str, int]  # in the order in which the modules ended
+    left_out: frozenset[str] = frozenset()  # modules, for want of room
+
+    def read(self, number: int) -> np.ndarray:
+        """Raises ReferenceFailed."""
+        name = f"tap.{number}"
+        with _told(self.path):
+            array = _member(self.archive, self.archive.getinfo(f"{name}.npy"), self.path)
+        if array.dtype != np.float64:
+            raise ReferenceFailed(f"is {printable(str(array.dtype))}, not float64", file=self.path, tensor=name)
+        return array
 
 
 @dataclass(frozen=True)
@@ -46,6 +73,8 @@ class Recording:
     inputs: dict[str, np.ndarray]
     outputs: Activations
     labels: dict[str, np.ndarray] = field(default_factory=dict)
+    taps: Taps | None = None
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each of the reference's declares
 
     @property
     def output_names(self) -> list[str]:
@@ -58,15 +87,12 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
     path = Path(path)
     if not path.is_file():
         raise ReferenceFailed("is not a file", file=path)
-    try:
-        arrays = _arrays(path)
-    except ReferenceFailed:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy's header parser raise many kinds
-        reason = printable(" ".join(str(error).split()) or type(error).__name__)
-        raise ReferenceFailed(f"is not a recording: {reason}", file=path) from error
+    with _told(path):
+        archive = zipfile.ZipFile(path)
+        arrays = _arrays(archive, path)
     about = _about(arrays.pop("about", None), path)
-    recording = Recording(about, {}, {}, {})
+    taps, modules = _taps(about.pop("taps", None), archive, path), _modules(about.pop("modules", {}), path)
+    recording = Recording(about, {}, {}, {}, taps, modules)
     for name, array in arrays.items():
         kind, _, rest = name.partition(".")
         probe, _, output = rest.partition(".")
@@ -83,20 +109,37 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
     return _as_timm(recording, path)
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file, none read before its size is known to fit."""
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with an archive, as one line."""
+    try:
+        yield
+    except ReferenceFailed:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy's header parser raise many kinds
+        reason = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise ReferenceFailed(f"is not a recording: {reason}", file=path) from error
+
+
+def _arrays(archive: zipfile.ZipFile, path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file but the taps, none read before its size is known to fit."""
     found: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if sum(member.file_size for member in members) > LIMIT:
-            raise ReferenceFailed(f"holds more than {LIMIT >> 30} GiB", file=path)
-        for member in members:
-            name = member.filename.removesuffix(".npy")
-            if name in found:
-                raise ReferenceFailed("is there twice", file=path, tensor=name)
-            with archive.open(member) as file:
-                found[name] = _array(file.read(member.file_size), name, path)
+    members = [member for member in archive.infolist() if not _TAP.fullmatch(member.filename)]
+    if sum(member.file_size for member in members) > LIMIT:
+        raise ReferenceFailed(f"holds more than {LIMIT >> 30} GiB", file=path)
+    for member in members:
+        name = member.filename.removesuffix(".npy")
+        if name in found:
+            raise ReferenceFailed("is there twice", file=path, tensor=name)
+        found[name] = _member(archive, member, path)
     return found
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    if member.file_size > LIMIT:
+        raise ReferenceFailed(f"holds more than {LIMIT >> 30} GiB", file=path)
+    with archive.open(member) as file:
+        return _array(file.read(member.file_size), member.filename.removesuffix(".npy"), path)
 
 
 def _array(raw: bytes, name: str, path: Path) -> np.ndarray:
@@ -133,6 +176,24 @@ def _about(array: np.ndarray | None, path: Path) -> dict[str, Any]:
     return about
 
 
+def _taps(taps: Any, archive: zipfile.ZipFile, path: Path) -> Taps | None:
+    if taps is None:
+        archive.close()
+        return None
+    try:
+        inputs, outputs = ({str(n): int(number) for n, number in taps[side].items()} for side in ("inputs", "outputs"))
+        left_out = frozenset(map(str, taps.get("left_out", ())))
+        return Taps(path, archive, str(taps["probe"]), inputs, outputs, left_out)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReferenceFailed("its `about` has taps that are no table of modules and numbers", file=path) from error
+
+
+def _modules(modules: Any, path: Path) -> dict[str, dict[str, Any]]:
+    if not isinstance(modules, dict) or not all(isinstance(one, dict) for one in modules.values()):
+        raise ReferenceFailed("its `about` has modules that are no tables", file=path)
+    return modules
+
+
 def _check(recording: Recording, path: Path) -> None:
     """Every probe has an answer and every answer its probe; labels are one for each sample."""
     if not recording.inputs:
@@ -141,6 +202,8 @@ def _check(recording: Recording, path: Path) -> None:
         if probe not in recording.inputs or len(labels) != len(recording.inputs[probe]):
             raise ReferenceFailed("does not label one probe's samples", file=path, tensor=f"labels.{probe}")
     answered = {probe for probes in recording.outputs.values() for probe in probes}
+    if recording.taps and recording.taps.probe not in recording.inputs:
+        raise ReferenceFailed("taps of a probe that is not there", file=path, tensor=recording.taps.probe)
     for probe in sorted(answered ^ recording.inputs.keys()):
         problem = "a probe without an output" if probe in recording.inputs else "outputs without their probe"
         raise ReferenceFailed(problem, file=path, tensor=probe)
@@ -157,7 +220,7 @@ def _as_timm(recording: Recording, path: Path) -> Recording:
         }
         for precision, probes in recording.outputs.items()
     }
-    return Recording(recording.about, inputs, outputs, recording.labels)
+    return replace(recording, inputs=inputs, outputs=outputs)
 
 
 def _apply(ops: object, array: np.ndarray, path: Path) -> np.ndarray:

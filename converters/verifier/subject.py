@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError, printable
+from converters.verifier.taps import Pair, read_pairs
 
-__all__ = ["Subject", "read_subject"]
+__all__ = ["Subject", "make_subject", "read_subject"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class Subject:
     sha256: str  # of the source that was converted
     reference: dict[str, Any] | None  # the block; None where the family names no reference
     input_size: tuple[int, int, int]  # channels, height, width
+    num_classes: int = 0
+    key: str | None = None  # which of the source's state dicts was asked for
+    ema: bool | None = None
+    dtype: str = "source"
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)  # where each comes from
+    modules: tuple[Pair, ...] = ()
+    deviation: tuple[dict[str, Any], ...] = ()
 
     def about(self) -> dict[str, Any]:
         """What is verified, and by which libraries it is run."""
@@ -47,18 +56,39 @@ def read_subject(directory: Path) -> Subject:
     conversion, config = _read(directory / "conversion.json"), _read(directory / "config.json")
     try:
         channels, height, width = config["pretrained_cfg"]["input_size"]
-        reference = conversion.get("reference")
-        if reference and not {"runner", "model", "outputs"} <= reference.keys():
-            raise KeyError("runner, model and outputs of its reference")
-        return Subject(
-            directory,
-            str(conversion["family"]),
-            str(conversion["source"]["sha256"]),
-            reference or None,
-            (int(channels), int(height), int(width)),
-        )
+        size = int(channels), int(height), int(width)
+        return make_subject(directory, conversion, size, int(config.get("num_classes", 0)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"lacks what a verification needs: {printable(str(error))}", file=directory) from error
+
+
+def make_subject(
+    directory: Path, conversion: Mapping[str, Any], input_size: tuple[int, int, int], num_classes: int
+) -> Subject:
+    """What a conversion.json says. Raises AttributeError, KeyError, TypeError or ValueError."""
+    source, reference = conversion["source"], conversion.get("reference")
+    if reference and not {"runner", "model", "outputs"} <= reference.keys():
+        raise KeyError("runner, model and outputs of its reference")
+    key, ema = source.get("key"), source.get("ema")
+    return Subject(
+        directory,
+        str(conversion["family"]),
+        str(source["sha256"]),
+        reference or None,
+        input_size,
+        num_classes=num_classes,
+        key=None if key is None else str(key),
+        ema=None if ema is None else bool(ema),
+        dtype=str(conversion.get("dtype", "source")),
+        tensors=dict(conversion.get("tensors", {})),
+        modules=read_pairs(conversion.get("modules", {})),
+        deviation=tuple(map(_deviation, conversion.get("deviation", ()))),
+    )
+
+
+def _deviation(one: dict[str, Any]) -> dict[str, Any]:
+    values = {name: one[name] for name in ("attribute", "source", "target")}
+    return {**values, "where": list(map(str, one["where"])), "bound": float(one["bound"]), "reason": str(one["reason"])}
 
 
 def _read(path: Path) -> dict[str, Any]:

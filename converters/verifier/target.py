@@ -11,7 +11,7 @@ Its outputs, by name:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,33 +24,64 @@ from converters.verifier.recording import PRECISIONS, Activations
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["run_target"]
+__all__ = ["load_target", "run_model", "run_target", "single_threaded"]
 
 
-def run_target(directory: Path, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> Activations:
+def run_target(
+    directory: Path,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    weights: Mapping[str, Any] | None = None,
+    precisions: Iterable[str] = PRECISIONS,
+) -> Activations:
     """Those of `outputs` that the model has, for every probe, in float64 and in float32.
 
-    Raises TargetError when timm cannot load the folder or the model cannot take a probe.
+    `weights` are put in the place of the folder's own. Raises TargetError when timm cannot load the folder or the
+    model cannot take a probe.
     """
+    found: Activations = {}
+    with single_threaded():
+        for precision in precisions:
+            model = load_target(directory, precision, weights)
+            found[precision] = {}
+            for probe, array in inputs.items():
+                with _blame(directory, f"its model cannot run {probe} {array.shape} in {precision}"):
+                    found[precision][probe] = run_model(model, array.astype(precision), outputs)
+    return found
+
+
+def load_target(directory: Path, precision: str, weights: Mapping[str, Any] | None = None) -> Any:
+    """The folder's model, in eval mode, with `weights` in the place of its own. Raises TargetError."""
     import timm
     import torch
 
-    found: Activations = {}
+    with _blame(directory, f"timm cannot load it in {precision}"):
+        model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+        model = model.to(getattr(torch, precision))
+        if weights:
+            model.load_state_dict(weights, strict=False)
+        return model
+
+
+def run_model(model: Any, x: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the outputs `names` that the model has."""
+    import torch
+
+    with torch.no_grad():
+        return {name: value.numpy() for name, value in _outputs(model, torch.from_numpy(x), names).items()}
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Sums in one order, so that a run can be repeated to the bit."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for precision in PRECISIONS:
-            with _blame(directory, f"timm cannot load it in {precision}"):
-                model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-                model = model.to(getattr(torch, precision))
-            found[precision] = {}
-            for probe, array in inputs.items():
-                with _blame(directory, f"its model cannot run {probe} {array.shape} in {precision}"), torch.no_grad():
-                    values = _outputs(model, torch.from_numpy(array.astype(precision)), outputs)
-                found[precision][probe] = {name: value.numpy() for name, value in values.items()}
+        yield
     finally:
         torch.set_num_threads(threads)
-    return found
 
 
 def _outputs(model: Any, x: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ import numpy as np
 from converters.errors import ReferenceFailed, printable
 from converters.verifier.recording import Recording, read_recording
 
-__all__ = ["REFERENCES", "run_reference"]
+__all__ = ["REFERENCES", "run_reference", "run_task", "write_inputs"]
 
 REFERENCES = Path(__file__).with_name("references")
 
@@ -34,28 +34,56 @@ def run_reference(
     python: str | None = None,
     timeout: float = 900.0,
     memory: int | None = None,
+    keep: Path | None = None,
 ) -> Recording:
     """The answers of the source framework's model to `inputs`.
 
     `job` is described in references/__main__.py. `python` is the interpreter that has the framework, this one by
-    default; `timeout` is in seconds, `memory` in bytes of address space. Raises ReferenceFailed.
+    default; `timeout` is in seconds, `memory` in bytes of address space; the recording's file is copied to `keep`.
+    Raises ReferenceFailed.
     """
-    executable = _executable(python or sys.executable)
-    source, limits = job["source"]["file"], {"seconds": timeout, "bytes": memory}
     with tempfile.TemporaryDirectory(prefix="timmport-") as name:
         folder = Path(name)
-        (folder / "job.json").write_text(json.dumps({**job, "limits": limits}), encoding="utf-8")
-        with (folder / "inputs.npz").open("wb") as file:
-            np.savez(file, **inputs)  # type: ignore[arg-type]
-        code = _run([executable, str(REFERENCES), str(folder)], folder, timeout)
-        who = f"the {job['runner']} reference"
-        if not (folder / "result.json").is_file():
-            raise ReferenceFailed(f"{who} {_how_it_ended(code, timeout, folder / 'log')}", file=source)
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        if "error" in result:
-            cure = "name an interpreter that has it with --python" if result["kind"] == "ModuleNotFoundError" else None
-            raise ReferenceFailed(f"{who}: {printable(result['error'], 500)}", file=source, cure=cure)
-        return read_recording(folder / "recording.npz")
+        write_inputs(inputs, folder)
+        _work(job, folder, python, timeout, memory)
+        recording = read_recording(folder / "recording.npz")
+        if keep:
+            shutil.copyfile(folder / "recording.npz", keep)
+        return recording
+
+
+def write_inputs(inputs: Mapping[str, np.ndarray], folder: Path) -> None:
+    """The probes, as the worker reads them."""
+    with (folder / "inputs.npz").open("wb") as file:
+        np.savez(file, **inputs)  # type: ignore[arg-type]
+
+
+def run_task(
+    job: Mapping[str, Any], *, python: str | None = None, timeout: float = 900.0, memory: int | None = None
+) -> dict[str, Any]:
+    """The result of a job without probes: another `task` of references/__main__.py. Raises ReferenceFailed."""
+    with tempfile.TemporaryDirectory(prefix="timmport-") as name:
+        return _work(job, Path(name), python, timeout, memory)
+
+
+def _work(
+    job: Mapping[str, Any], folder: Path, python: str | None, timeout: float, memory: int | None
+) -> dict[str, Any]:
+    """Have the job done in `folder` and return its result."""
+    executable = _executable(python or sys.executable)
+    source, limits = job.get("source", {}).get("file"), {"seconds": timeout, "bytes": memory}
+    (folder / "job.json").write_text(json.dumps({**job, "limits": limits}), encoding="utf-8")
+    code = _run([executable, str(REFERENCES), str(folder)], folder, timeout)
+    who = f"the {job['runner']} reference"
+    if not (folder / "result.json").is_file():
+        raise ReferenceFailed(f"{who} {_how_it_ended(code, timeout, folder / 'log')}", file=source)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if "error" in result:
+        cure = f"it may take {memory >> 20} MiB of memory" if memory else None
+        if result["kind"] == "ModuleNotFoundError":
+            cure = "name an interpreter that has it with --python"
+        raise ReferenceFailed(f"{who}: {printable(result['error'], 500)}", file=source, cure=cure)
+    return result
 
 
 def _executable(python: str) -> str:
@@ -68,10 +96,9 @@ def _executable(python: str) -> str:
 def _run(command: list[str], folder: Path, timeout: float) -> int | None:
     """The exit code, or None when the time ran out. Nothing of it lives on, whatever happens here."""
     with (folder / "log").open("wb") as log:
+        how: Any = {"cwd": folder, "env": {**os.environ, "PYTHONHASHSEED": "0"}, "start_new_session": True}
         try:
-            process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **how)
         except OSError as error:
             problem = f"does not start: {(error.strerror or str(error)).lower()}"
             raise ReferenceFailed(problem, file=command[0]) from error

@@ -215,10 +215,91 @@ def test_an_index_that_is_none(content: bytes, words: str, tmp_path: Path) -> No
     assert words in str(refusal(tmp_path / "m"))
 
 
-def test_a_table_by_itself_is_refused_by_what_it_is(tmp_path: Path) -> None:
-    (tmp_path / "model.ckpt").write_bytes(write.table(b""))
+@pytest.mark.parametrize("table", [write.table(b""), write.table(b"\0\0\2\x08\1", keys=[b""])])
+def test_a_table_that_is_no_checkpoint_is_called_that(table: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(table)
     assert tensorflow.accepts(tmp_path / "model.ckpt", b"")
-    assert "TensorFlow's first format" in str(refusal(tmp_path / "model.ckpt"))
+    assert "is a table, but not a checkpoint" in str(refusal(tmp_path / "model.ckpt"))
+
+
+WHOLE = ((0, -1), (0, -1))
+TOP, BOTTOM = ((0, 1), (0, -1)), ((1, 2), (0, -1))
+FLOATS = message((5, SIX))
+
+
+def first(path: Path, rows: Rows, *tensors: bytes, compression: int = 0) -> Path:
+    path.write_bytes(write.first_format(rows, *tensors, compression=compression))
+    return path
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """Two tables of the first format, one compressed, that share a tensor."""
+    rows = {write.slice_key("w", *WHOLE): FLOATS, write.slice_key("part", *TOP): message((5, SIX[:8]))}
+    tensors = write.listed("w", (2, 3), WHOLE), write.listed("part", (3, 2), TOP)
+    first(tmp_path / "m-00000-of-00002", rows, *tensors, compression=1)
+    rows = {write.slice_key("part", *BOTTOM): message((5, SIX[8:]))}
+    first(tmp_path / "m-00001-of-00002", rows, write.listed("part", (3, 2), BOTTOM))
+    return tmp_path / "m"
+
+
+def test_the_undamaged_tables_are_read(tables: Path) -> None:
+    assert {name: raw for name, (_, raw) in everything(tables).items()} == {"w": SIX, "part": SIX}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_flip_or_a_cut_of_a_table_changes_no_tensor(number: int, tables: Path) -> None:
+    file, before = Path(f"{tables}-{number:05}-of-00002"), everything(tables)
+    intact, found = file.read_bytes(), 0
+    for at, byte in enumerate(intact):
+        for damaged in (intact[:at], intact[:at] + bytes([byte ^ 1 << at % 8]) + intact[at + 1 :]):
+            file.write_bytes(damaged)
+            try:
+                assert everything(tables) == before
+            except CheckpointError as error:
+                assert str(error).startswith(str(file)) and str(error).isprintable()
+                found += 1
+    assert found > 1.7 * len(intact)  # the rest are flips in the metaindex block and the padding
+
+
+def test_a_missing_table_is_named(tables: Path) -> None:
+    Path(f"{tables}-00001-of-00002").unlink()
+    assert str(refusal(tables)) == f"{tables}-00001-of-00002: does not exist"
+
+
+KEY = write.slice_key("w", (0, -1))
+LINE = ((0, -1),)
+TABLES: dict[str, tuple[Rows, bytes, str]] = {
+    "listed only": ({}, write.listed("w", (6,), LINE), "w: is listed, but not there; fetch it again"),
+    "too few": ({KEY: message((5, SIX[:20]))}, write.listed("w", (6,), LINE), "w: its 5 numbers are not a tensor of"),
+    "too many": ({KEY: FLOATS}, write.listed("w", (5,), LINE), "w: its 6 numbers are not a tensor of shape (5,)"),
+    "half a number": ({KEY: message((5, SIX[:23]))}, write.listed("w", (6,), LINE), "w: its 23 bytes are no float32"),
+    "another field": ({KEY: message((6, SIX))}, write.listed("w", (6,), LINE), "w: its 0 numbers are not a tensor"),
+    "half a varint": ({KEY: message((7, b"\x80"))}, write.listed("w", (1,), LINE, dtype=3), "w: packed numbers do not"),
+    "a long varint": (
+        {KEY: message((7, b"\x80" * 10 + b"\1"))},
+        write.listed("w", (1,), LINE, dtype=3),
+        "w: packed numbers do not end where they should",
+    ),
+    "no slice": ({KEY: FLOATS}, write.listed("w", (6,)), "w: its 0 slices overlap or do not cover its shape (6,)"),
+    "a slice twice": ({KEY: FLOATS}, write.listed("w", (6,), LINE, LINE), "w: its 2 slices overlap"),
+    "a slice of another rank": ({KEY: FLOATS}, write.listed("w", (6, 1), LINE), "w: a slice has 1 axes, not 2"),
+    "too large": ({KEY: FLOATS}, write.listed("w", (1 << 40,), LINE), "takes more than all tables can hold"),
+    "overflow": ({KEY: FLOATS}, write.listed("w", (1 << 40, 1 << 40), WHOLE), "w: its shape is absurd"),
+    "no message": ({KEY: b"\x0b"}, write.listed("w", (6,), LINE), "w: field 1 has the wire type 3"),
+    "terminal codes": ({}, write.listed("\x1b[2J", (1 << 40,), LINE), ": \\x1b[2J: its shape"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_contradicts_itself_is_refused(name: str, tmp_path: Path) -> None:
+    rows, tensor, words = TABLES[name]
+    assert words in str(refusal(first(tmp_path / "m", rows, tensor)))
+
+
+def test_tables_that_contradict_each_other_are_refused(tables: Path) -> None:
+    first(Path(f"{tables}-00001-of-00002"), {}, write.listed("part", (3, 3), BOTTOM))
+    assert "part: has another shape or dtype in another file" in str(refusal(tables))
 
 
 FILLED = (1 << 18) - 20  # fields of a message: just not too many

@@ -167,7 +167,7 @@ CASES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
         saved({"w": Payload()}, _use_new_zipfile_serialization=False),
         "its pickle names posix.sys",
     ),
-    "1 os.system, bare": (lambda: pickle.dumps(Payload()), "is a bare pickle"),
+    "1 os.system, bare": (lambda: pickle.dumps(Payload()), "its pickle names posix.system, which runs code"),
     "1 beside the weights": (archive(members(pickled(extra=SYSTEM))), "its pickle names posix.system"),
     "2 getattr in metadata": (archive(members(pickled(log=GETATTR))), OPENS),
     "2 getattr for a tensor": (archive(members(pickled(GETATTR))), "w: is no tensor but a builtins.getattr"),

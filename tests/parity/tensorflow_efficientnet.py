@@ -55,12 +55,12 @@ def tpu_names(layers: list[str]) -> dict[str, str]:
 def main(folder: Path, size: int) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     sys.path.insert(0, str(Path(__file__).parents[2] / "converters" / "verifier" / "references"))
-    from random_checkpoints import write_keras
+    from random_checkpoints import write_checkpoint
 
     weights = folder / "keras.weights.h5"
     args = {"classes": 10, "classifier_activation": None, "input_shape": [size, size, 3]}
     model = {"application": "EfficientNetB0", "args": args}
-    write_keras({"model": model, "out": str(weights), "seed": 3})
+    write_checkpoint({"framework": "keras", "model": model, "seed": 3}, weights)
 
     import keras
     import numpy as np

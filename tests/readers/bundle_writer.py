@@ -66,8 +66,8 @@ def box(*extents: tuple[int, int]) -> tuple[int, bytes]:
 
 
 def slice_key(name: str, *extents: tuple[int, int]) -> bytes:
-    """A slice's key, for numbers below 64."""
-    numbers = bytes(128 ^ number for extent in extents for number in extent)
+    """A slice's key, for numbers from -64 to 63."""
+    numbers = bytes(128 ^ number & 255 for extent in extents for number in extent)
     return b"\0" + name.encode() + b"\0\1\1" + bytes([len(extents)]) + numbers
 
 
@@ -76,22 +76,48 @@ def rows_of(rows: dict[bytes, bytes]) -> bytes:
     return b"".join(b"\0" + varint(len(key)) + varint(len(value)) + key + value for key, value in rows.items())
 
 
-def table(*blocks: bytes, listed: Iterable[int] | None = None, compression: int = 0) -> bytes:
-    """A table of data blocks, given as their entries; its index lists all of them, or those that `listed` numbers."""
+def table(
+    *blocks: bytes, listed: Iterable[int] | None = None, keys: list[bytes] | None = None, compression: int = 0
+) -> bytes:
+    """A table of data blocks, given as their entries; its index lists all of them, or those that `listed` numbers.
+
+    `keys` are each block's last, where they are to be found by them.
+    """
     out = b""
 
     def place(entries: bytes) -> bytes:
         nonlocal out
-        block = entries + bytes(4) + (1).to_bytes(4, "little") + bytes([compression])
+        block = entries + bytes(4) + (1).to_bytes(4, "little")
+        block = (literal(block) if compression == 1 else block) + bytes([compression])
         handle = varint(len(out)) + varint(len(block) - 1)
         out += block + masked(block).to_bytes(4, "little")
         return handle
 
     handles = [place(entries) for entries in blocks]
     listed = range(len(blocks)) if listed is None else listed
-    index = {count.to_bytes(4, "big"): handles[number] for count, number in enumerate(listed)}
+    last = keys or [count.to_bytes(4, "big") for count in range(1 << 10)]
+    index = {key: handles[number] for key, number in zip(last, listed, strict=False)}
     footer = place(b"") + place(rows_of(index))
     return out + footer.ljust(40, b"\0") + MAGIC
+
+
+def literal(data: bytes) -> bytes:
+    """A snappy block of one literal."""
+    return varint(len(data)) + bytes([61 << 2]) + (len(data) - 1).to_bytes(2, "little") + data
+
+
+def listed(name: str, shape: Iterable[int], *boxes: tuple[tuple[int, int], ...], dtype: int = 1) -> bytes:
+    """A SavedSliceMeta."""
+    dims = message(*((2, message((1, dim))) for dim in shape))
+    return message((1, name.encode()), (2, dims), (3, dtype), *((4, box(*extents)[1]) for extents in boxes))
+
+
+def first_format(rows: dict[bytes, bytes], *tensors: bytes, compression: int = 0) -> bytes:
+    """A table of TensorFlow's first format: what it lists, and TensorProtos by their slices' keys."""
+    meta = message((1, message(*((1, tensor) for tensor in tensors), (2, message((1, 1))))))
+    saved = {key: message((2, message((3, proto)))) for key, proto in sorted(rows.items())}
+    blocks = [rows_of({b"": meta}), *(rows_of({key: row}) for key, row in saved.items())]
+    return table(*blocks, keys=[b"", *saved], compression=compression)
 
 
 def bundle(prefix: Path, rows: dict[bytes, bytes], *shards: bytes) -> Path:

@@ -3,7 +3,8 @@
     python tensorflow_forms.py OUT [FORM...]
 
 writes `OUT/FORM/...` and `OUT/expected.json`: FORM -> name -> [dtype, shape, bytes in hex]. In the forms that save by
-name, the values are what `tf.train.load_checkpoint` reads back; in the others, what the live variables hold.
+name, the values are what `tf.train.load_checkpoint` reads back; in the others, what the live variables hold, and in
+the first format, of which TensorFlow's own reader refuses slices and float16, what was written.
 Tests run this in a child process, because TensorFlow cannot share one with triton.
 """
 
@@ -31,14 +32,21 @@ def loaded(prefix):
 
 
 def in_session(out, build, **saver):
-    """Run `build` in a graph of its own, give every variable a random value, and save them by name."""
+    """Run `build` in a graph of its own, give every variable a random value, and save them by name; their values."""
+    values = {}
     with tf.Graph().as_default(), v1.Session(config=v1.ConfigProto(device_count={"CPU": 2})) as session:
         build()
         session.run(v1.global_variables_initializer())
         for variable in v1.global_variables():
-            variable.load(random(variable.shape).astype(variable.dtype.base_dtype.as_numpy_dtype), session)
+            value = (9 * random(variable.shape)).astype(variable.dtype.base_dtype.as_numpy_dtype)
+            variable.load(value, session)
+            if part := variable._get_save_slice_info():
+                whole = values.setdefault(part.full_name, np.zeros(part.full_shape, value.dtype))
+                whole[tuple(map(slice, part.var_offset, np.add(part.var_offset, part.var_shape)))] = value
+            else:
+                values[variable.op.name] = value
         v1.train.Saver(**saver).save(session, str(out / "model.ckpt"), global_step=7, write_meta_graph=False)
-    return loaded(out / "model.ckpt-7")
+    return values
 
 
 def save_v2(out, tensors, slices=None):
@@ -58,16 +66,19 @@ def saver(out):
         with tf.control_dependencies([update]):
             tf.train.ExponentialMovingAverage(0.9999, num_updates=step).apply([kernel, gamma])
 
-    return in_session(out, build)
+    in_session(out, build)
+    return loaded(out / "model.ckpt-7")
+
+
+def on_two_devices():
+    for number in range(2):
+        with tf.device(f"/cpu:{number}"):
+            v1.get_variable(f"part{number}/kernel", (2, 3 + number))
 
 
 def sharded(out):
-    def build():
-        for number in range(2):
-            with tf.device(f"/cpu:{number}"):
-                v1.get_variable(f"part{number}/kernel", (2, 3 + number))
-
-    return in_session(out, build, sharded=True)
+    in_session(out, on_two_devices, sharded=True)
+    return loaded(out / "model.ckpt-7")
 
 
 def partitioned(out):
@@ -76,7 +87,27 @@ def partitioned(out):
             v1.get_variable(f"{name}/kernel", shape, partitioner=v1.fixed_size_partitioner(parts, axis=axis))
         v1.get_variable("whole/kernel", (2, 2))
 
-    return in_session(out, build)
+    in_session(out, build)
+    return loaded(out / "model.ckpt-7")
+
+
+def first(out):
+    """The format before bundles: every dtype that it has, a scalar, slices, and more than one block."""
+
+    def build():
+        for dtype in (tf.float32, tf.float64, tf.float16, tf.int32, tf.int64, tf.int16, tf.int8, tf.uint8, tf.bool):
+            v1.get_variable(f"of_{dtype.name}/kernel", (3, 5), dtype, v1.zeros_initializer())
+        v1.get_variable("scalar", ())
+        v1.get_variable("columns/kernel", (2, 7), partitioner=v1.fixed_size_partitioner(4, axis=1))
+        v1.get_variable("half/kernel", (6,), tf.float16, partitioner=v1.fixed_size_partitioner(2))
+        for number in range(3):
+            v1.get_variable(f"large_{number}/kernel", (300, 300))
+
+    return in_session(out, build, write_version=v1.train.SaverDef.V1)
+
+
+def first_sharded(out):
+    return in_session(out, on_two_devices, sharded=True, write_version=v1.train.SaverDef.V1)
 
 
 def quarters(out):
@@ -230,10 +261,48 @@ def saved_model_repeated(out):
     return {f"variables/{number}": variable.numpy() for number, variable in enumerate(model.variables)}
 
 
+def saved_module(out):
+    """Names of variables in lists, and a slash in an attribute's name."""
+    net = tf.Module()
+    net.blocks = [tf.Variable(random((2, 3)).astype("f4"), name=f"blocks_{number}/kernel") for number in range(2)]
+    net.table = {"a/b.c": tf.Variable(random(3), name="table")}
+    tf.saved_model.save(net, str(out))
+    return {variable.name.removesuffix(":0"): variable.numpy() for variable in (*net.blocks, net.table["a/b.c"])}
+
+
+def saved_module_bare(out):
+    """The same with a bundle that has lost its object graph: the names are in saved_model.pb as well."""
+    expected = saved_module(out)
+    reader = tf.train.load_checkpoint(str(out / "variables" / "variables"))
+    keys = [key for key in reader.get_variable_to_shape_map() if key != "_CHECKPOINTABLE_OBJECT_GRAPH"]
+    values = [reader.get_tensor(key) for key in keys]
+    for file in (out / "variables").iterdir():
+        file.unlink()
+    prefix = str(out / "variables" / "variables")
+    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=keys, shape_and_slices=[""] * len(keys), tensors=values)
+    return expected
+
+
+def saved_model_of_names(out):
+    """A SavedModel of TensorFlow 1, whose variables are kept by their names."""
+    with tf.Graph().as_default(), v1.Session() as session:
+        image = v1.placeholder(tf.float32, (None, 3), "image")
+        kernel = v1.get_variable("fc/kernel", (3, 2))
+        split = v1.get_variable("split/kernel", (4, 2), partitioner=v1.fixed_size_partitioner(2))
+        session.run(v1.global_variables_initializer())
+        v1.saved_model.simple_save(session, str(out / "m"), {"image": image}, {"fc": image @ kernel})
+        values = {"fc/kernel": session.run(kernel), "split/kernel": session.run(tf.convert_to_tensor(split))}
+    for file in (out / "m").iterdir():
+        file.rename(out / file.name)
+    return values
+
+
 FORMS = (
     saver,
     sharded,
     partitioned,
+    first,
+    first_sharded,
     quarters,
     dtypes,
     many,
@@ -245,6 +314,9 @@ FORMS = (
     keras_repeated,
     saved_model,
     saved_model_repeated,
+    saved_module,
+    saved_module_bare,
+    saved_model_of_names,
 )
 
 

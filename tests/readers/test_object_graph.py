@@ -81,7 +81,8 @@ CASES: dict[str, tuple[list[bytes], dict[str, str]]] = {
 def test_names(case: str) -> None:
     nodes, expected = CASES[case]
     entries = {key + VALUE: Entry(1, (), 0, 0, 4, crc=len(key) if "another" in key else 0) for key in expected}
-    found: dict[str, Any] = name_variables(parse_graph(memoryview(write.message(*((1, one) for one in nodes)))), entries)
+    graph = parse_graph(memoryview(write.message(*((1, one) for one in nodes))))
+    found: dict[str, Any] = name_variables(graph, entries)
     assert found == {key + VALUE: name for key, name in expected.items() if name}
 
 

@@ -92,6 +92,31 @@ def test_meanings_and_persistent_ids() -> None:
     assert found == [8, ()]
 
 
+class Stream(io.BytesIO):
+    def skip(self, count: int) -> bool:
+        return self.seek(count, io.SEEK_CUR) <= len(self.getbuffer())
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_long_data_is_left_where_it_is(protocol: int) -> None:
+    for long in ["é" * 9000, *([b"\0" * 20_000, bytearray(20_000)] if protocol == 5 else [])]:
+        data = pickle.dumps({"long": long, "short": "é" * 1000, "after": [1]}, protocol)
+        stream = Stream(data + b"rest")
+        found = load(stream, FILE, {}, id, stream.skip)
+        assert (found["short"], found["after"], stream.read()) == ("é" * 1000, [1], b"rest")
+        blob = found["long"]
+        raw = data[blob.offset : blob.offset + blob.nbytes]
+        assert raw.decode() == long if blob.is_text else raw == long
+        stream = Stream(data[: blob.offset + 10])
+        with pytest.raises(DamagedCheckpoint, match="its pickle breaks off"):
+            load(stream, FILE, {}, id, stream.skip)
+
+
+def test_an_opaque_keeps_its_arguments() -> None:
+    found = read(pickle.dumps(complex(1, 2), 4))
+    assert (found.symbol, found.arguments) == (Symbol("builtins", "complex"), (1.0, 2.0))
+
+
 def test_the_stream_is_left_behind_the_pickle() -> None:
     stream = io.BytesIO(pickle.dumps(1) + pickle.dumps(2) + b"rest")
     assert [load(stream, FILE, {}, id) for _ in range(2)] == [1, 2]

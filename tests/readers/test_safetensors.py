@@ -42,6 +42,15 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         assert raw == from_torch(tensors[name])
 
 
+def test_a_shard_alone_is_said_to_be_one(tmp_path: Path) -> None:
+    for name, notes in [
+        ("model-00002-of-00003.safetensors", ("this is shard 2 of 3; the path of their folder gives them all",)),
+        ("model-v2.safetensors", ()),
+    ]:
+        save_file({"w": torch.ones(2)}, tmp_path / name)
+        assert open_checkpoint(tmp_path / name).notes == notes
+
+
 def test_every_dtype_that_the_library_has_is_known_or_refused_by_name(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2, dtype=torch.float8_e4m3fnuz)}, tmp_path / "model.safetensors")
     with pytest.raises(

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from converters.errors import CheckpointError, UnknownFormat, UnsafeCheckpoint
-from converters.readers import open_checkpoint, tensorflow
+from converters.readers import open_checkpoint, saved_model, tensorflow
 from converters.tensors import LazyTensor
 
+write = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("bundle_writer.py"))))
 GENERATOR = Path(__file__).with_name("tensorflow_forms.py")
 FORMS = [
     *("saver", "sharded", "partitioned", "quarters", "dtypes", "many", "others", "module", "slots"),
     *("keras_plain", "keras_trained", "keras_repeated", "saved_model", "saved_model_repeated"),
+    *("first", "first_sharded", "saved_module", "saved_module_bare", "saved_model_of_names"),
 ]
 
 
@@ -36,10 +40,15 @@ def expected(forms: Path) -> dict[str, Any]:
 
 
 def tensors(path: Path) -> dict[str, Any]:
-    tree = tensorflow.read(path).tree
+    tree = reader_of(path).read(path).tree
     found = {name: leaf for name, leaf in sorted(tree.items()) if isinstance(leaf, LazyTensor)}
     assert all(leaf.spec.name == name for name, leaf in found.items())
     return {n: [leaf.spec.dtype, list(leaf.spec.shape), leaf.read().hex()] for n, leaf in found.items()}
+
+
+def reader_of(path: Path) -> Any:
+    head = path.read_bytes()[:4096] if path.is_file() else b""
+    return next(reader for reader in (saved_model, tensorflow) if reader.accepts(path, head))
 
 
 def test_the_table_is_complete(expected: dict[str, Any]) -> None:
@@ -48,7 +57,7 @@ def test_the_table_is_complete(expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_is_read_bit_for_bit(form: str, forms: Path, expected: dict[str, Any]) -> None:
-    assert tensorflow.accepts(forms / form, b"")
+    assert reader_of(forms / form) == (saved_model if form.startswith("saved") else tensorflow)
     assert tensors(forms / form) == expected[form]
 
 
@@ -61,8 +70,47 @@ def test_shadows_slots_and_the_step_keep_their_names(forms: Path) -> None:
 @pytest.mark.parametrize("name", ["", "ckpt-2", "ckpt-2.index", "ckpt-2.data-00000-of-00001", "checkpoint"])
 def test_a_checkpoint_goes_by_several_paths(name: str, forms: Path, expected: dict[str, Any]) -> None:
     path = forms / "module" / name
-    assert tensorflow.accepts(path, path.read_bytes()[:4096] if path.is_file() else b"")
     assert tensors(path) == expected["module"]
+
+
+FIRST = ["", "model.ckpt-7", "model.ckpt-7-00000-of-00002", "model.ckpt-7-00001-of-00002", "checkpoint"]
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_so_does_one_of_several_tables(name: str, forms: Path, expected: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(forms / "first_sharded" / name)
+    assert {n: tensor.read().hex() for n, tensor in checkpoint.tensors.items()} == {
+        n: raw for n, (_, _, raw) in expected["first_sharded"].items()
+    }
+    assert len(checkpoint.files) == 2
+    assert checkpoint.integrity == "CRC-32C of every block"
+
+
+@pytest.mark.parametrize("name", ["", "saved_model.pb"])
+def test_a_saved_model_goes_by_its_folder_and_by_its_graph(name: str, forms: Path, expected: dict[str, Any]) -> None:
+    path = forms / "saved_module" / name
+    assert tensors(path) == expected["saved_module"]
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.format == "TensorFlow SavedModel"
+    assert str(checkpoint.writer).startswith("TensorFlow 2.")
+    assert checkpoint.files[0].path.name == "saved_model.pb"
+
+
+def test_metrics_are_set_aside(tmp_path: Path) -> None:
+    node = write.message((2, write.message((1, b"V"), (2, b"total"), (3, b"keras_api/metrics/0/total"))))
+    text = write.message((1, node))
+    length = len(text).to_bytes(4, "little")
+    stored = write.masked(length).to_bytes(4, "little")
+    data = write.varint(len(text)) + stored + text
+    rows = {
+        b"": write.header(),
+        b"_CHECKPOINTABLE_OBJECT_GRAPH": write.entry(data, dtype=7, crc=write.masked(length + stored + text)),
+        b"keras_api/metrics/0/total": write.entry(bytes(4), offset=len(data)),
+        b"w": write.entry(bytes(4), offset=len(data) + 4),
+    }
+    checkpoint = open_checkpoint(write.bundle(tmp_path / "m", rows, data + bytes(8)))
+    assert list(checkpoint.tensors) == ["w"]
+    assert checkpoint.set_aside == {"keras_api/**": "what metrics have counted"}
 
 
 def test_a_prefix_opens_as_a_state_dict(forms: Path) -> None:

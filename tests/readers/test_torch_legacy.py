@@ -103,14 +103,8 @@ def tar(path: Path) -> Path:
     return path
 
 
-def bare(path: Path) -> Path:
-    path.write_bytes(pickle.dumps({"w": [1.0]}))
-    return path
-
-
 REFUSED = {
     "tar": (tar, "is a tar archive; unpack it"),
-    "bare pickle": (bare, "is a bare pickle, not a torch.save file; save its tensors as safetensors"),
     "other protocol": (refused(protocol=1002), "its first pickles are not those of torch.save"),
     "big-endian": (refused(machine={**MACHINE, "little_endian": False}), "its byte order is big-endian"),
     "no facts": (refused(machine={}), "its byte order is big-endian"),

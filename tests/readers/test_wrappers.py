@@ -220,7 +220,122 @@ def test_a_key_chooses(key: str, mark: str) -> None:
     assert len(found.set_aside) == 3
 
 
+MOCO = {
+    "state_dict": {**weights("q", "module.encoder_q."), **weights("k", "module.encoder_k."), "module.queue": tensor()}
+}
+MOCO_3 = {"state_dict": {**weights("b", "module.base_encoder."), **weights("m", "module.momentum_encoder.")}}
+DINO = {  # the teacher was not wrapped
+    "student": {**weights("s", "module.backbone."), "module.head.weight": tensor()},
+    "teacher": {**weights("t", "backbone."), "head.weight": tensor()},
+    "optimizer": OPTIMIZER,
+    "epoch": 1,
+}
+DINO_2 = {"model": {**weights("s", "student.backbone."), **weights("t", "teacher.backbone."), "loss.center": tensor()}}
+BYOL = {**weights("o", "online_network."), **weights("t", "target_network."), "predictor.weight": tensor()}
+SOLO = {"state_dict": {**weights("b", "backbone."), **weights("m", "momentum_backbone.")}}
+IN_ONE = {**weights("raw", "model."), **weights("averaged", "model_ema."), "model_ema.decay": tensor()}
+
+
+@pytest.mark.parametrize(
+    ("tree", "key", "mark", "wrappers"),
+    [
+        (MOCO, "module.encoder_q", "q", ("state_dict", "module.", "encoder_q")),
+        (MOCO, "encoder_k", "k", ("state_dict", "module.", "encoder_k")),
+        (MOCO, "state_dict.module.encoder_q", "q", ("state_dict", "module.", "encoder_q")),
+        (MOCO_3, "module.base_encoder", "b", ("state_dict", "module.", "base_encoder")),
+        (DINO, "teacher.backbone", "t", ("teacher", "backbone")),
+        (DINO, "student.backbone", "s", ("student", "module.", "backbone")),
+        (DINO, "student.module.backbone", "s", ("student", "module.", "backbone")),
+        (DINO_2, "teacher.backbone", "t", ("model", "teacher.backbone")),
+        (BYOL, "online_network", "o", ("online_network",)),
+        (SOLO, "momentum_backbone", "m", ("state_dict", "momentum_backbone")),
+        (IN_ONE, "model", "raw", ("model",)),
+        ({"model": weights("w", "module.")}, "model.module", "w", ("model", "module.")),
+    ],
+)
+def test_a_key_may_be_a_prefix_of_names(tree: dict[str, Any], key: str, mark: str, wrappers: tuple[str, ...]) -> None:
+    found = unwrap(tree, FILE, key=key)
+    assert (list(found.tensors), marks(found), found.wrappers) == (NAMES, {mark}, wrappers)
+    assert [value.spec.name for value in found.tensors.values()] == NAMES
+
+
+def test_what_a_prefix_leaves_is_set_aside() -> None:
+    beside = "lies beside the state dict"
+    assert unwrap(MOCO, FILE, key="encoder_q").set_aside == {"encoder_k.**": beside, "queue": beside}
+    assert unwrap(DINO, FILE, key="teacher.backbone").set_aside == {
+        "student.**": beside,
+        "optimizer.**": "optimizer state",
+        "head.**": beside,
+    }
+
+
+@pytest.mark.parametrize(
+    ("tree", "names"),
+    [
+        (MOCO, "encoder_q, encoder_k and loose tensors; choose one, as in --key encoder_q"),
+        (MOCO_3, "base_encoder, momentum_encoder; choose one, as in --key base_encoder"),
+        (DINO, "student, teacher; choose one, as in --key student"),
+        (DINO_2, "student, teacher, loss; choose one, as in --key student"),
+        (BYOL, "online_network, target_network, predictor; choose one, as in --key online_network"),
+        (SOLO, "backbone, momentum_backbone; choose one, as in --key backbone"),
+    ],
+)
+def test_a_model_and_its_moving_average_are_not_guessed_between(tree: dict[str, Any], names: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        unwrap(tree, FILE)
+    assert str(caught.value) == f"model.pth: holds several state dicts: {names}"
+
+
+def test_a_prefix_of_averages_is_known_as_their_dict_is() -> None:
+    for ema, mark, wrapper in [(None, "averaged", "model_ema"), (False, "raw", "model")]:
+        found = unwrap(IN_ONE, FILE, ema=ema)
+        assert (marks(found) - {""}, found.wrappers) == ({mark}, (wrapper,))
+
+
+def test_parts_that_are_alike_but_follow_nobody_are_one_model() -> None:
+    tree = {**weights("1", "head."), **weights("2", "head_dist."), **weights("3", "target."), "student.a": tensor()}
+    assert list(unwrap(tree, FILE).tensors) == list(tree)
+
+
+@pytest.mark.parametrize(
+    ("names", "how"),
+    [
+        (("parametrizations.weight.original0", "parametrizations.weight.original1"), "weight norm"),
+        (("weight_g", "weight_v"), "weight norm"),
+        (("parametrizations.weight.original", "parametrizations.weight.0._u"), "spectral norm"),
+        (("weight_orig", "weight_u", "weight_v"), "spectral norm"),
+        (("weight_orig", "weight_mask"), "pruning"),
+    ],
+)
+def test_weights_in_parts_are_noted(names: tuple[str, ...], how: str) -> None:
+    tree = weights() | {f"head.last.{name}": tensor() for name in names}
+    found = unwrap(tree, FILE)
+    assert list(found.tensors) == list(tree)
+    (note,) = found.notes
+    assert note.startswith(f"in the two parts of {how}: 1 of the weights, such as head.last.weight; make it whole with")
+    assert unwrap(weights() | {"head.weight_g": tensor()}, FILE).notes == ()
+
+
+def test_prefixes_without_end_are_refused() -> None:
+    tree = {}
+    for depth in range(400):
+        tree |= {f"{'model.' * depth}model.w": tensor(), f"{'model.' * depth}model_ema.w": tensor()}
+    with pytest.raises(CheckpointError):
+        unwrap(tree, FILE)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "an unknown prefix": (
+        MOCO,
+        {"key": "encoder"},
+        "has no encoder to choose; it has: state_dict, encoder_q, encoder_k, qu",
+    ),
+    "a prefix in part": (
+        MOCO,
+        {"key": "encoder_q.conv.w"},
+        "has no encoder_q.conv.w to choose; it has: state_dict, enc",
+    ),
+    "a prefix below several": (DINO, {"key": "backbone"}, "has no backbone to choose; it has: student, teacher, optim"),
     "two of unknown names": (
         {"student": weights(), "teacher": weights()},
         {},
@@ -238,7 +353,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "an unknown key": ({"a": weights(), "b": {}}, {"key": "c"}, "has no c to choose; it has: a, b"),
     "an unknown key below": ({"a": {"b": weights()}}, {"key": "a.c"}, "has no c to choose; it has: b"),
-    "a key of a tensor": (weights(), {"key": "conv.weight"}, "has no conv.weight to choose; it has: no dict"),
+    "a key of a tensor": (weights(), {"key": "conv.weight"}, "has no conv.weight to choose; it has: conv, bn"),
     "no averages": ({"model": weights()}, {"ema": True}, "holds no averaged weights; leave --ema out"),
     "only averages": ({"model_ema": weights()}, {"ema": False}, "holds averaged weights only, in model_ema; leave"),
     "an optimizer": (OPTIMIZER, {}, "holds no weights, only optimizer state"),

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from converters.verifier.compare import FLOAT32_FLOOR, Verdict, compare
+from converters.verifier.compare import FLOAT32_FLOOR, compare
+from converters.verifier.verdict import Verdict
 
 RIGHT = np.random.default_rng(0).standard_normal((2, 10))
 

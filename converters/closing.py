@@ -1,0 +1,141 @@
+"""Closings: whether a mapping closes on the checkpoints that its references would write, by names and shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.description import fill_reference
+from converters.detection import applies, find_plan, reference_of
+from converters.errors import ConverterError, NotExpressible, TargetError
+from converters.mapping import Mapping, find_mappings
+from converters.plan import Plan, Route, route
+from converters.readers import Checkpoint, open_checkpoint
+from converters.target import build_skeleton, traits_of
+from converters.tensors import LazyTensor, TensorSpec
+from converters.verifier.references.__main__ import RUNNERS
+from converters.verifier.worker import run_task
+
+__all__ = ["Closing", "Question", "ask", "build", "close", "place_of", "unaided"]
+
+CLASSES = 10  # of every classifier here
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A reference to be built for a target."""
+
+    target: str
+    number: int  # of the reference
+    block: Dict[str, Any]  # as conversion.json has it
+    size: tuple[int, ...]  # of the input: channels, height, width
+    img_size: int | None  # what was asked for, if it was heeded
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What became of a reference's checkpoint."""
+
+    question: Question
+    outcome: str  # closes, open or refused
+    detail: str
+    prefix: str  # that the model lies under, so that the family is detected
+    routes: tuple[Route, ...]
+    plan: Plan | None
+
+
+def ask(mapping: Mapping, targets: Sequence[str], img_size: int | None) -> Iterator[Question]:
+    """Every target with every reference; `img_size` is for models that take any size.
+
+    Targets that timm lacks and references without a runner are left out; the lint tells of them.
+    """
+    for target in targets or mapping.targets:
+        for number, reference in enumerate(mapping.references):
+            if reference.runner not in RUNNERS:
+                continue
+            try:
+                classes = {"num_classes": CLASSES} if traits_of(target).classifiers else {}
+                skeleton = build_skeleton(target, {**mapping.target_args, **reference.target_args, **classes})
+            except TargetError:
+                continue
+            config = skeleton.model.pretrained_cfg
+            asked = None if config.get("fixed_input_size") else img_size
+            size = [config["input_size"][0], asked, asked] if asked else list(config["input_size"])
+            block = fill_reference(reference, mapping, skeleton, size)
+            parameters = sum(spec.numel for spec in skeleton.specs.values())
+            yield Question(target, number, block, tuple(size), asked, parameters)
+
+
+def build(
+    questions: Sequence[Question], folder: Path, *, python: str | None, timeout: float
+) -> dict[Question, Dict[str, TensorSpec] | str]:
+    """The tensors of every reference, or why it cannot be built. A framework starts once. Raises ReferenceFailed."""
+    found: dict[Question, Dict[str, TensorSpec] | str] = {}
+    for module in dict.fromkeys(RUNNERS[question.block["runner"]] for question in questions):
+        group = [question for question in questions if RUNNERS[question.block["runner"]] == module]
+        models = [{"runner": one.block["runner"], "model": one.block["model"]} for one in group]
+        job = {"task": "list_tensors", "runner": models[0]["runner"], "models": models, "folder": str(folder)}
+        answers = run_task(job, python=python, timeout=timeout)["models"]
+        found |= {question: _specs(answer) for question, answer in zip(group, answers, strict=True)}
+    return found
+
+
+def _specs(answer: Dict[str, Any]) -> Dict[str, TensorSpec] | str:
+    if "error" in answer:
+        return str(answer["error"])
+    if "file" in answer:
+        specs = open_checkpoint(answer["file"]).specs
+        Path(answer["file"]).unlink()
+        return specs
+    return {name: TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in answer["tensors"].items()}
+
+
+def close(mapping: Mapping, question: Question, specs: Dict[str, TensorSpec]) -> Closing | None:
+    """What the family makes of a checkpoint with these tensors; None where another of its references answers for it."""
+    prefix, checkpoint = _as_saved(mapping, question, specs)
+    routes = route(mapping, checkpoint.specs)
+    if reference_of(mapping, checkpoint, routes) is not mapping.references[question.number]:
+        return None
+    plan, outcome, detail = None, "closes", ""
+    try:
+        plan = find_plan(checkpoint, family=mapping.name, target=question.target)
+        found = find_plan(checkpoint, family=unaided(mapping))
+        if (found.mapping.name, found.skeleton.architecture) != (mapping.name, question.target):
+            outcome = "open"
+            detail = f"without --family and --to it is taken for {found.skeleton.architecture} by {found.mapping.name}"
+    except NotExpressible as error:
+        outcome, detail = "refused", str(error)
+    except ConverterError as error:
+        outcome, detail = "open", str(error)
+    return Closing(question, outcome, detail, prefix, routes, plan)
+
+
+def unaided(mapping: Mapping) -> str | None:
+    """The `family` to convert with: none for one that ships, which must be detected."""
+    return None if mapping.name in find_mappings() else mapping.name
+
+
+def place_of(mapping: Mapping, number: int) -> tuple[str | int, ...]:
+    """Where a reference stands in the file."""
+    return ("reference", number) if ("reference", number) in mapping.lines.by_path else ("reference",)
+
+
+def _as_saved(mapping: Mapping, question: Question, specs: Dict[str, TensorSpec]) -> tuple[str, Checkpoint]:
+    """The checkpoint, under a prefix that the mapping strips where the bare names are not the family's."""
+    found = []
+    for prefix in ("", *(f"{one.text}." for one in mapping.strip if not re.search(r"[*{]", one.text))):
+        tensors = {prefix + n: _unread(TensorSpec(prefix + n, s.shape, s.dtype)) for n, s in specs.items()}
+        found.append((prefix, Checkpoint(Path(question.target), "names and shapes", tensors)))
+    return next((one for one in found if applies(mapping, one[1])), found[0])
+
+
+def _unread(spec: TensorSpec) -> LazyTensor:
+    def read() -> memoryview:
+        raise AssertionError(f"{spec.name}: a plan reads nothing")
+
+    return LazyTensor(spec, read)

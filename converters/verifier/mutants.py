@@ -1,0 +1,172 @@
+"""Mutants: whether the comparison would notice a wrong conversion, asked by damaging the target on purpose.
+
+Each mutant is the converted model with one fault (see faults.py); it is run on a probe and goes through the same
+gates, which must refuse it. The places are drawn, spread over the depth. A draw that leaves the tensors as they
+were, or after which no output of the model moves, is no mutant: with these weights nothing could detect it. It is
+listed and drawn again elsewhere. A mutant that moves an output and passes leaves the conversion unproven.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.verifier.compare import compare
+from converters.verifier.faults import KINDS, Fault, Kind, applied
+from converters.verifier.recording import Recording
+from converters.verifier.target import load_target, run_model, single_threaded
+from converters.verifier.verdict import Comparison
+
+__all__ = ["Mutant", "Mutants", "Undetectable", "run_mutants"]
+
+DRAWS = 6  # for one mutant, at most
+UNMOVED = 1e-13  # relative; rounding alone moves float64 outputs by less
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A damaged model, compared."""
+
+    kind: str
+    tensor: str
+    detail: str
+    error: float  # of the output that shows it most, scaled as in compare.py
+    margin: float  # the error over its bound
+    detected: bool
+
+
+@dataclass(frozen=True)
+class Undetectable:
+    """A draw that damaged nothing."""
+
+    kind: str
+    tensor: str
+    detail: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mutants:
+    """What became of every mutant."""
+
+    seed: int
+    mutants: tuple[Mutant, ...]
+    undetectable: tuple[Undetectable, ...] = ()
+
+    @property
+    def undetected(self) -> int:
+        return sum(not mutant.detected for mutant in self.mutants)
+
+    @property
+    def smallest_margin(self) -> float:
+        return min((mutant.margin for mutant in self.mutants), default=math.nan)
+
+    @property
+    def passed(self) -> bool:
+        """Whether there were any, and all were detected."""
+        return bool(self.mutants) and not self.undetected
+
+    def __str__(self) -> str:
+        if not self.mutants:
+            return "unproven: with these weights no mutant can be detected"
+        weakest = min(self.mutants, key=lambda mutant: mutant.margin)
+        which = f"{weakest.kind}, {weakest.tensor} ({weakest.detail})"
+        if self.undetected:
+            return f"unproven: {self.undetected} of {len(self.mutants)} mutants pass: {which}"
+        return f"{len(self.mutants)} mutants fail, all by at least {weakest.margin:.0e} times the bound: {which}"
+
+    def document(self) -> dict[str, Any]:
+        """Its part of verification.json."""
+        return {**asdict(self), "smallest_margin": self.smallest_margin, "undetected": self.undetected}
+
+
+def run_mutants(
+    directory: Path,
+    recording: Recording,
+    *,
+    seed: int = 0,
+    weights: Mapping[str, Any] | None = None,
+    allowed: float = 0.0,
+) -> Mutants:
+    """Damage the emitted folder's model in memory, in one way after another, and compare it with the recording.
+
+    Only the target runs: on one probe, in the recording's best precision. `weights` stand in the place of the
+    folder's own, `allowed` is the error that the mapping declares. Raises TargetError.
+    """
+    with single_threaded():
+        precision = "float64" if "float64" in recording.outputs else "float32"
+        models = {name: load_target(directory, name, weights) for name in sorted({"float64", precision})}
+        trial = _Trial(models, recording, precision, allowed)
+        found = [one for number, kind in enumerate(KINDS) for one in _try(trial, kind, number, seed)]
+    mutants = tuple(one for one in found if isinstance(one, Mutant))
+    return Mutants(seed, mutants, tuple(one for one in found if isinstance(one, Undetectable)))
+
+
+def _try(trial: _Trial, kind: Kind, number: int, seed: int) -> Iterator[Mutant | Undetectable]:
+    """Mutants of one kind, after the draws that came to nothing."""
+    rng = np.random.default_rng((seed, number))
+    places = list(kind.places(trial.model))
+    for draw in range(len(places) if kind.times is None else kind.times):
+        for place in _drawn(places, number + draw, rng):
+            places.remove(place)
+            fault = kind.damage(trial.model, place, rng)
+            result = trial.run(fault)
+            if isinstance(result, str):
+                yield Undetectable(kind.name, fault.tensor, fault.detail, result)
+            else:
+                yield Mutant(kind.name, fault.tensor, fault.detail, *result)
+                break
+
+
+def _drawn(places: list[str], draw: int, rng: np.random.Generator) -> list[str]:
+    """Places in the order in which they are tried, first one from a third of the depth: each draw has the next."""
+    third = [place for i, place in enumerate(places) if i * 3 // len(places) == draw % 3]
+    return list(dict.fromkeys(map(str, [*rng.permutation(third)[:1], *rng.permutation(places)])))[:DRAWS]
+
+
+class _Trial:
+    """The models that are damaged, and what they are compared with."""
+
+    def __init__(self, models: dict[str, Any], recording: Recording, precision: str, allowed: float) -> None:
+        self.models, self.model, self.allowed = models, models["float64"], allowed
+        self.probe = "normal" if "normal" in recording.inputs else next(iter(recording.inputs))
+        self.x, self.names = recording.inputs[self.probe], recording.output_names
+        self.reference = {precision: {self.probe: recording.outputs[precision][self.probe]}}
+
+    def run(self, fault: Fault) -> tuple[float, float, bool] | str:
+        """The mutant's error and margin, and whether it is detected; or why nothing could detect it."""
+        if not fault.changes(self.model):
+            return "the tensors stay as they are, bit for bit"
+        with applied(fault, self.models.values()):
+            comparisons = self._compare()
+            detected = not all(comparison.passed for comparison in comparisons)
+            damaged = {} if detected else self._everything()
+        if not detected and not _differ(damaged, self._everything()):
+            return "no output moves: the input or a gain behind it is zero, or the function does not depend on it"
+        worst = max(comparisons, key=lambda comparison: comparison.share)
+        return max(worst.sample_errors, default=math.inf), worst.share, detected
+
+    def _compare(self) -> tuple[Comparison, ...]:
+        answers = {
+            precision: run_model(model, self.x.astype(precision), self.names)
+            for precision, model in self.models.items()
+        }
+        if "float32" not in answers:  # it decides nothing, but must be there
+            answers["float32"] = {name: array.astype("float32") for name, array in answers["float64"].items()}
+        target = {precision: {self.probe: outputs} for precision, outputs in answers.items()}
+        return compare(self.reference, target, self.names, allowed=self.allowed)
+
+    def _everything(self) -> dict[str, np.ndarray]:
+        """The compared outputs and the model's last one, which may not be among them."""
+        last = "logits" if self.model.num_classes else "pre_logits"
+        return run_model(self.model, self.x.astype("float64"), [*self.names, last])
+
+
+def _differ(some: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> bool:
+    pairs = [(array, others[name]) for name, array in some.items()]
+    return any(np.abs(one - other).max() > UNMOVED * np.abs(other).max() for one, other in pairs)

@@ -1,0 +1,68 @@
+"""The tensors of many models; a task of the reference worker.
+
+So that one start of a framework answers for a whole family, a job lists its models, and one that cannot be built
+costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from random_weights import surround
+
+__all__ = ["list_tensors"]
+
+
+def list_tensors(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> dict[str, Any]:
+    """For each of `models` ({"runner", "model", "prefix"}) what a checkpoint of it holds, or {"error": one line}.
+
+    That is {"tensors": {name: [shape, dtype]}} where names are the model's own, and {"file": path} of a
+    checkpoint in the job's `folder` where the framework's saver makes them.
+    """
+    found = []
+    for number, model in enumerate(job["models"]):
+        try:
+            found.append(_list(find_runner(model["runner"]), model, os.path.join(job["folder"], str(number))))
+        except ModuleNotFoundError:
+            raise  # nor will the others
+        except Exception as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            found.append({"error": line[:500]})
+    return {"models": found}
+
+
+def _list(runner: Any, job: Mapping[str, Any], path: str) -> dict[str, Any]:
+    try:
+        with _without_memory():
+            model = runner.construct(job)
+    except Exception:  # some constructors compute with what they fill
+        model = runner.construct(job)
+    if not hasattr(model, "state_dict"):
+        model.save_weights(path + ".weights.h5")
+        return {"file": path + ".weights.h5"}
+    state = surround(model.state_dict(), job.get("prefix", ""))
+    return {"tensors": {name: [list(v.shape), str(v.dtype).replace("torch.", "")] for name, v in state.items()}}
+
+
+@contextlib.contextmanager
+def _without_memory() -> Iterator[None]:
+    """torch's uninitialised tensors, which parameters are made of, take no memory and no time to fill."""
+    torch = sys.modules.get("torch")  # never to be imported beside another framework
+    if torch is None:
+        yield
+        return
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutMemory(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.empty:
+                kwargs = {**kwargs, "device": "meta"}
+            return func(*args, **kwargs)
+
+    with WithoutMemory():
+        yield
