@@ -53,6 +53,17 @@ class Case:
     seconds: float = 0.0  # that parity took
     verdict: Verdict | None = None
 
+    @property
+    def worst_error(self) -> float | None:
+        """Of all outputs."""
+        comparisons = self.verdict.comparisons if self.verdict else ()
+        return max((error for one in comparisons for error in one.sample_errors), default=None)
+
+    @property
+    def smallest_margin(self) -> float | None:
+        """How far the mutant that is hardest to detect is beyond what is allowed."""
+        return self.verdict.mutants.smallest_margin if self.verdict and self.verdict.mutants else None
+
 
 @dataclass(frozen=True)
 class Check:

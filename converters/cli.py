@@ -81,7 +81,7 @@ def convert(
     arg: Annotated[list[str] | None, typer.Option(metavar="K=V", help="An argument of the timm model.")] = None,
     key: Key = None,
     ema: Ema = None,
-    img_size: Annotated[int | None, typer.Option(metavar="N", help="Pixels a side, for config.json.")] = None,
+    img_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Pixels a side, for config.json.")] = None,
     dtype: Annotated[str, typer.Option(help="source, float32, float16 or bfloat16.")] = "source",
     expect_sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse any other content.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no tensor data.")] = False,
@@ -131,12 +131,14 @@ def verify(
     reference: Reference = "auto",
     output: Output = None,
     reference_arg: ReferenceArg = None,
+    mutants: Annotated[bool, typer.Option("--mutants", help="Prove that a wrong conversion would be found.")] = False,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder of images, as one more probe.")] = None,
     python: Interpreter = None,
     trust: Trust = False,
     timeout: Timeout = 900.0,
     as_json: Json = False,
 ) -> None:
-    """Compare a conversion with the source framework's own model; exit code 3 where they differ."""
+    """Compare a conversion with the source framework's own model; exit code 3 where they differ or it is unproven."""
     from converters.reports.terminal import show_verdict, status
     from converters.verifier import verify as verify_conversion
 
@@ -147,6 +149,8 @@ def verify(
             reference=reference,
             outputs=output or (),
             args=dict(map(_argument, reference_arg or [])),
+            mutants=mutants,
+            images=images,
             python=python,
             trust=trust,
             timeout=timeout,
@@ -156,7 +160,7 @@ def verify(
         print(verdict.to_json())
     else:
         show_verdict(verdict)
-    if not verdict.passed:
+    if verdict.outcome != "passed":
         raise typer.Exit(3)
 
 
@@ -262,6 +266,40 @@ def families(
         show_families(mappings)
 
 
+@app.command()
+def check(
+    mapping: Annotated[list[str], typer.Argument(metavar="MAPPING...", help="Families, or mapping files.")],
+    to: Annotated[list[str] | None, typer.Option(metavar="MODEL", help="Only this target; may be repeated.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Run parity on every target, not the smallest.")] = False,
+    no_parity: Annotated[bool, typer.Option("--no-parity", help="Lint and close; run no model.")] = False,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Pixels a side, for models that take any size.")
+    ] = None,
+    python: Interpreter = None,
+    timeout: Timeout = 900.0,
+    as_json: Json = False,
+) -> None:
+    """Check mapping files: lint, a plan that closes on every target, parity on random weights, mutants.
+
+    Exit code 3 where parity failed or is unproven, else 1 where a mapping is at fault.
+    """
+    from converters.checking import check as check_mapping
+    from converters.reports.documents import check_document
+    from converters.reports.terminal import show_check, status
+
+    checks = []
+    for one in mapping:
+        with status() as tell:
+            ways: dict[str, Any] = {"img_size": img_size, "python": python, "timeout": timeout, "progress": tell}
+            checks.append(check_mapping(one, targets=to or (), everything=everything, parity=not no_parity, **ways))
+        if not as_json:
+            show_check(checks[-1])
+    if as_json:
+        _print_json([check_document(one) for one in checks])
+    if code := max(one.exit_code for one in checks):
+        raise typer.Exit(code)
+
+
 def main() -> None:
     """The entry point: runs a command and turns what a user can mend into a line and an exit code."""
     try:
@@ -280,10 +318,10 @@ def _argument(text: str) -> tuple[str, Any]:
     if not equals:
         raise typer.BadParameter(f"--arg {text} has no value; write K=V")
     try:
-        return key, json.loads(value)
+        return key, json.loads(value, parse_constant=str)
     except json.JSONDecodeError:
         return key, value
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(document, indent=2, allow_nan=False))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.errors import CheckpointError, NotExpressible, PlanError
+from converters.errors import CheckpointError, NotExpressible, OutputError, PlanError
 from converters.readers import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -65,32 +65,27 @@ def convert(
     """
     checkpoint = open_checkpoint(source, key=key, ema=ema)
     with ThreadPoolExecutor(1) as background:
-        digest = None if dry_run else background.submit(checkpoint.sha256)  # while timm is imported
+        wanted = not dry_run or expect_sha256
+        digest = background.submit(checkpoint.sha256) if wanted else None  # while timm is imported
         from converters.description import describe, write_description
         from converters.detection import find_plan
         from converters.emitter import new_folder, write_tensors
 
         plan = find_plan(checkpoint, family=family, target=target, args=args)
         record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema)
-        if digest is None:
+        if digest and expect_sha256 and expect_sha256.lower() != digest.result():
+            raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=source)
+        if dry_run or digest is None:
             return Conversion(checkpoint, plan, None, record)
+        if any(file.path.resolve().is_relative_to(Path(directory).resolve()) for file in checkpoint.files):
+            raise OutputError("holds the source itself", file=directory, cure="choose another name")
         if record["deviation"] and not allow_deviation:
             reasons = "; ".join(f"{one['reason']} (within {one['bound']:g})" for one in record["deviation"])
             problem = f"is of {plan.mapping.name}, which timm computes only nearly: {reasons}"
             raise NotExpressible(problem, file=source, cure="pass --allow-deviation to have it so")
-        total, done = sum(step.target.nbytes for step in plan.steps), 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress:
-                progress(done, total)
-
         with new_folder(Path(directory), overwrite) as folder:
-            write_tensors(plan, checkpoint, folder / "model.safetensors", dtype=dtype, progress=advance)
+            write_tensors(plan, checkpoint, folder / "model.safetensors", dtype=dtype, progress=progress)
             record["source"]["sha256"] = digest.result()
-            if expect_sha256 and expect_sha256.lower() != digest.result():
-                raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=source)
             write_description(plan, record, folder)
     return Conversion(checkpoint, plan, Path(directory), record)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from converters.detection import reference_of
 from converters.mapping import Mapping as Family
+from converters.mapping import find_mappings
 from converters.names import split
 from converters.plan import Plan, route
 from converters.readers import Checkpoint
@@ -50,9 +51,7 @@ def describe(
             "ema": ema,
         },
         "wrappers": list(checkpoint.wrappers),
-        "family": mapping.name
-        if not mapping.path.is_absolute() or mapping.name != str(mapping.path)
-        else mapping.path.name,
+        "family": mapping.name if mapping.name in find_mappings() else mapping.path.name,
         "family_sha256": hashlib.sha256(mapping.path.read_bytes()).hexdigest(),
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
@@ -206,4 +205,4 @@ def _plain(text: str) -> str:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", "utf-8")

@@ -20,7 +20,7 @@ from converters.names import prefixes, split
 from converters.plan import Plan, Problem, Route, make_plan, read_off, route
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
-from converters.target import build_skeleton, traits_of
+from converters.target import build_skeleton, is_known, traits_of
 
 __all__ = ["applies", "applying_families", "find_plan", "name_digest", "reference_of"]
 
@@ -64,7 +64,7 @@ def find_plan(
         if closed:
             return _only(closed, checkpoint)
     if nearest:
-        raise diagnose(nearest[1], nearest[2], nearest[0])
+        raise PlanError(str(diagnose(nearest[1], nearest[2], nearest[0])), file=checkpoint.path)
     raise refused or PlanError(
         f"is of no family that is known here, and no timm model has its tensors ({_first_names(checkpoint)})",
         file=checkpoint.path,
@@ -117,7 +117,7 @@ def _candidates(
     elif mapping.any_target:
         yield from _by_names(checkpoint, routes)
     else:
-        yield from mapping.targets
+        yield from (name for name in mapping.targets if is_known(name))  # an older timm lacks some
 
 
 def _by_names(checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:

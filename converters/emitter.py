@@ -8,6 +8,7 @@ library, and renamed, so that the destination is absent, old, or new and whole.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -62,22 +63,28 @@ def write_tensors(
     path: Path,
     *,
     dtype: str = "source",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """`path` as safetensors: the plan's targets, in the source's dtype or in another float dtype, rounded once.
 
-    What is copied from file to file is only as sound as `checkpoint.sha256()` finds it.
-
-    Raises CheckpointError when the source is damaged, OutputError when a value overflows the dtype.
+    What is copied from file to file is only as sound as `checkpoint.sha256()` finds it. `progress` is called
+    with the bytes written and the bytes in all. Raises CheckpointError when the source is damaged, OutputError
+    when a value overflows the dtype.
     """
     specs = {step.target.name: _emitted(step.target, dtype) for step in plan.steps}
     header, places = _layout(specs)
     copied, computed = _divide(plan, checkpoint, specs)
-    advance = progress or (lambda count: None)
+    done, total = 0, sum(spec.nbytes for spec in specs.values())
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
-        if hasattr(os, "posix_fallocate"):  # a disk that is too small is found out here, and writing is faster
-            os.posix_fallocate(file, 0, len(header) + sum(spec.nbytes for spec in specs.values()))
+        _reserve(file, len(header) + total)
         _write(file, memoryview(header), 0)
         start = len(header)
         for name, tensor in copied.items():
@@ -214,6 +221,16 @@ _LIBRARY_ORDER = (  # widest first; within a width as the library's own enumerat
     "uint64", "int64", "float64", "complex64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16",
     "int16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool",
 )  # fmt: skip
+
+
+def _reserve(file: int, nbytes: int) -> None:
+    """Claim the space at once, where the file system can: a full disk is found out here, and writing is faster."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
 
 
 def _write(file: int, raw: memoryview, offset: int) -> None:

@@ -132,13 +132,18 @@ def _unused_rows(mapping: Mapping, routes: Sequence[Route]) -> Iterator[Finding]
             continue
         kind = "drop" if isinstance(row, Drop) else "rule"
         beaten = {route.row.line for route in routes if route.row and row.pattern.match(route.segments)}
-        if beaten:
-            lines = ", ".join(map(str, sorted(beaten)))
-            problem = f"{kind} `{row.pattern.text}` never wins: line {lines} takes all that it matches"
-            yield Finding(row.line, "error", problem)
+        if beaten and not _wins_somewhere(mapping, row):
+            problem = f"never wins: line {', '.join(map(str, sorted(beaten)))} takes all that it matches"
+            yield Finding(row.line, "error", f"{kind} `{row.pattern.text}` {problem}")
         else:
-            problem = f"{kind} `{row.pattern.text}` matches nothing in the references' checkpoints"
-            yield Finding(row.line, "warning", problem)
+            problem = "takes nothing from the references' checkpoints"
+            yield Finding(row.line, "warning", f"{kind} `{row.pattern.text}` {problem}")
+
+
+def _wins_somewhere(mapping: Mapping, row: Rule | Drop) -> bool:
+    """Whether there is a tensor, by an example, that the row takes."""
+    names = (split(f"{name}.weight") for name in _examples(row.pattern))
+    return any(row in most_specific(mapping.rows, name)[0] for name in names)
 
 
 def _used_fills(mapping: Mapping, plan: Plan) -> Iterator[Fill]:

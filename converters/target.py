@@ -13,7 +13,7 @@ from converters.errors import TargetError
 from converters.names import Pattern, prefixes, split
 from converters.tensors import TensorSpec
 
-__all__ = ["Skeleton", "Traits", "all_architectures", "build_skeleton", "traits_of"]
+__all__ = ["Skeleton", "Traits", "build_skeleton", "is_known", "traits_of"]
 
 
 _LOADING = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
@@ -49,11 +49,11 @@ class Skeleton:
         return [dict(captures) for captures in sorted(found, key=lambda c: [value for _, value in c])]
 
 
-def all_architectures() -> list[str]:
-    """The names that `timm.create_model` takes."""
+def is_known(architecture: str) -> bool:
+    """Whether the installed timm has it."""
     import timm
 
-    return timm.list_models()
+    return timm.is_model(architecture)
 
 
 def traits_of(architecture: str) -> Traits:

@@ -115,7 +115,7 @@ def test_a_refusal_is_one_line_and_ends_with_1(run, small, tmp_path, args, probl
 def test_a_plan_error_is_told_whole(run, small):
     ended = run("convert", small, "-o", "out", "--to", "test_resnet")
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err.startswith("timmport: mappings/timm/native.yaml does not close on test_resnet (")
+    assert ended.err.startswith(f"timmport: {small}: mappings/timm/native.yaml does not close on test_resnet (")
     assert "have no origin:" in ended.err
 
 

@@ -49,7 +49,7 @@ def test_the_whole_text(edited, tmp_path):
     assert (
         str(caught.value)
         == f"""\
-{tmp_path}/mine.yaml does not close on swin_tiny_patch4_window7_224 (48 problems)
+source.pth: {tmp_path}/mine.yaml does not close on swin_tiny_patch4_window7_224 (48 problems)
   24 sources lead nowhere:       backbone.stages.{{0..3}}.blocks.{{0..5}}.ffn.layers.1.{{weight,bias}}
      line 18  stages.{{i}}.blocks.{{j}}: layers.{{i}}.blocks.{{j}}       the target has no \
 layers.{{0..3}}.blocks.{{0..5}}.ffn.layers.1.{{weight,bias}}
@@ -196,6 +196,6 @@ def test_a_long_text_is_cut_but_keeps_its_cures(plan, family):
 def test_a_family_that_ships_is_named_as_such():
     source = _checkpoint({"tensors": {"stem.weight": [[1]]}, "metadata": {}})
     with pytest.raises(
-        PlanError, match=r"^mappings/mmlab/swin\.yaml does not close on swin_tiny_patch4_window7_224 \("
+        PlanError, match=r"^source.pth: mappings/mmlab/swin\.yaml does not close on swin_tiny_patch4_window7_224 \("
     ):
         find_plan(source, family="mmlab/swin")

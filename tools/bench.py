@@ -92,16 +92,22 @@ def bench_start(folder: Path) -> None:
 def bench_plan(folder: Path) -> None:
     """Planning alone, after the imports."""
     rules = "\n".join(["rules:", '  "{*}": "{*}"', "drop:", '  "optimizer_{n}": left by a training script'])
-    targets = [
-        f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")
-    ] + ["swin_base_patch4_window12_384", "swin_large_patch4_window12_384", "swin_s3_tiny_224", "swin_s3_small_224"]
+    targets = [f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")] + [
+        "swin_base_patch4_window12_384",
+        "swin_large_patch4_window12_384",
+        "swin_s3_tiny_224",
+        "swin_s3_small_224",
+    ]
     targets += ["swin_s3_base_224", "swinv2_tiny_window8_256", "swin_large_patch4_window7_224"]
     family = folder / "bench.yaml"
     rows = "\n".join(f"  {name}:" for name in targets)
     family.write_text(f"targets:\n{rows}\ndetect: [patch_embed]\nleaves: torch\n{rules}\n")
     code = PLAN.format(targets=targets, family=str(family))
     best_line = min(
-        (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(REPEATS)),
+        (
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+            for _ in range(REPEATS)
+        ),
         key=lambda line: float(line[0]),
     )
     seconds, tensors, candidates, closed = best_line

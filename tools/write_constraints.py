@@ -36,7 +36,9 @@ def visit(name: str, extras: set[str], found: dict[str, str]) -> None:
     found[key] = f"{key}=={dist.version.partition('+')[0]}{marker(dist.metadata['Requires-Python'])}"
     for text in dist.requires or ():
         requirement = Requirement(text)
-        wanted = [extra for extra in ("", *extras) if not requirement.marker or requirement.marker.evaluate({"extra": extra})]
+        wanted = [
+            extra for extra in ("", *extras) if not requirement.marker or requirement.marker.evaluate({"extra": extra})
+        ]
         if wanted and (not known or extras):
             visit(requirement.name, set(requirement.extras), found)
 

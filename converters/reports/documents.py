@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from converters.conversion import Conversion, Inspection
 from converters.mapping import Mapping
 
 if TYPE_CHECKING:
+    from converters.checking import Check
     from converters.demo import Demo
 
-__all__ = ["conversion_document", "demo_document", "family_document", "inspection_document"]
+__all__ = ["check_document", "conversion_document", "demo_document", "family_document", "inspection_document"]
 
 
 def inspection_document(inspection: Inspection) -> dict[str, Any]:
@@ -64,6 +66,25 @@ def family_document(mapping: Mapping) -> dict[str, Any]:
         "target_args": mapping.target_args,
         "references": [reference.runner for reference in mapping.references],
         "refuses": [refusal.reason for refusal in mapping.refuse],
+    }
+
+
+def check_document(check: Check) -> dict[str, Any]:
+    """A mapping's findings and cases; the worst error is of all outputs, the smallest margin of all mutants."""
+    return {
+        "check": 1,
+        "family": check.mapping.name,
+        "exit_code": check.exit_code,
+        "findings": [asdict(finding) for finding in check.findings],
+        "cases": [
+            {
+                **{key: value for key, value in vars(case).items() if key != "verdict"},
+                "worst_error": case.worst_error,
+                "smallest_margin": case.smallest_margin,
+                "verification": json.loads(case.verdict.to_json()) if case.verdict else None,
+            }
+            for case in check.cases
+        ],
     }
 
 

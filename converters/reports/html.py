@@ -131,7 +131,7 @@ def _folded(names: Iterable[str]) -> str:
     >>> _folded(["blocks.0.norm.weight", "blocks.0.norm.bias", "blocks.1.norm.weight", "blocks.1.norm.bias"])
     'blocks.{0..1}.norm.{weight,bias}'
     """
-    return ", ".join(text for text, _ in fold(dict.fromkeys(names)))
+    return ", ".join(text for text, _ in fold(dict.fromkeys(name[: 2 * LONGEST] for name in names)))
 
 
 def _module(name: str) -> str:

@@ -16,19 +16,22 @@ from rich.table import Table
 
 from converters.conversion import Conversion, Inspection
 from converters.errors import printable
-from converters.mapping import Mapping
+from converters.mapping import Mapping, find_mappings
 from converters.names import fold
 from converters.plan import Plan
 from converters.readers import Checkpoint
 
 if TYPE_CHECKING:
+    from converters.checking import Check
     from converters.demo import Demo
     from converters.verifier import Verdict
+    from converters.verifier.mutants import Mutants
     from converters.verifier.recording import Recording
 
 __all__ = [
     "console",
     "progress_bar",
+    "show_check",
     "show_conversion",
     "show_demo",
     "show_families",
@@ -42,6 +45,7 @@ __all__ = [
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _MOST_ROWS = 60
+_COLOURS = {"exact": "green", "closes": "green", "no reference": "dim", "refused": "yellow"}  # the others: red
 
 
 @contextmanager
@@ -140,8 +144,8 @@ def show_conversion(conversion: Conversion) -> None:
 
 def show_verdict(verdict: Verdict) -> None:
     """The verdict first, then every output that was compared."""
-    colour = "green" if verdict.passed else "red"
-    console.print(f"[{colour}]{'passed' if verdict.passed else 'FAILED'}[/] {escape(str(verdict))}")
+    mark = {"passed": "[green]passed[/]", "unproven": "[yellow]UNPROVEN[/]"}.get(verdict.outcome, "[red]FAILED[/]")
+    console.print(f"{mark} {escape(str(verdict))}")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("output", "probe", "gate", "error", "allowed", ""):
         table.add_column(column, overflow="fold")
@@ -151,8 +155,34 @@ def show_verdict(verdict: Verdict) -> None:
         mark = "[green]passed[/]" if one.passed else f"[red]{escape(str(one.reason))}[/]"
         table.add_row(escape(printable(one.output)), escape(printable(one.probe)), one.precision, error, bound, mark)
     console.print(table)
+    if verdict.mutants:
+        _mutants(verdict.mutants)
     for warning in verdict.warnings:
         console.print(f"[yellow]warning[/]    {escape(printable(warning, 1000))}")
+
+
+def show_check(check: Check) -> None:
+    """A mapping's findings, and what came of every target."""
+    shipped = check.mapping.name in find_mappings()
+    file = f"mappings/{check.mapping.name}.yaml" if shipped else check.mapping.name
+    for finding in check.findings:
+        colour = "red" if finding.severity == "error" else "yellow"
+        place = escape(printable(f"{file}:{finding.line}"))
+        console.print(f"{place}: [{colour}]{finding.severity}[/] {escape(printable(finding.problem, 1000))}")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("target", "reference", "line", "outcome", "error", "margin", "seconds"):
+        table.add_column(column, overflow="fold")
+    for case in check.cases:
+        colour = _COLOURS.get(case.outcome, "red")
+        error = "" if case.worst_error is None else f"{case.worst_error:.1e}"
+        margin = "" if case.smallest_margin is None else f"{case.smallest_margin:.0e}"
+        line, seconds = (f"{number:.0f}" if number else "" for number in (case.line, case.seconds))
+        table.add_row(case.target, case.runner, line, f"[{colour}]{case.outcome}[/]", error, margin, seconds)
+    console.print(table)
+    for case in check.cases:
+        if case.outcome not in ("exact", "closes", "no reference"):
+            text = "\n".join(escape(printable(line, 1000)) for line in case.detail.splitlines())
+            console.print(f"\n[red]{case.target}[/] {case.runner}: {text}")
 
 
 def show_recording(recording: Recording, path: Path) -> None:
@@ -204,6 +234,21 @@ def show_family(mapping: Mapping) -> None:
     _say("references", ", ".join(reference.runner for reference in mapping.references))
     for refusal in mapping.refuse:
         _say("refuses", refusal.reason)
+
+
+def _mutants(mutants: Mutants) -> None:
+    """Every mutant, and what the weights do not let anybody detect."""
+    _say("mutants", str(mutants))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("mutant", "tensor", "", "error", "times allowed", ""):
+        table.add_column(column, overflow="fold")
+    for one in mutants.mutants:
+        mark = "[green]fails[/]" if one.detected else "[red]PASSES[/]"
+        table.add_row(one.kind, escape(one.tensor), escape(one.detail), f"{one.error:.1e}", f"{one.margin:.0e}", mark)
+    console.print(table)
+    for none in mutants.undetectable:
+        where = f"{none.kind} in {none.tensor} ({none.detail})"
+        console.print(f"[dim]undetectable with these weights:[/] {escape(where)}: {escape(none.reason)}")
 
 
 def _say(label: str, text: Any) -> None:

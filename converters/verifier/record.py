@@ -53,8 +53,9 @@ def record(
     checkpoint = open_source(subject, source)
     job = make_job(parse_reference(reference, subject, outputs, args), subject, checkpoint, trust=trust)
     tell("running the reference")
+    inputs = probes(subject.input_size, any_size=job.get("any_size", False))
     with _beside(Path(out)) as part:
-        recording = run_reference(job, probes(subject.input_size, any_size=job.get("any_size", False)), python=python, timeout=timeout, keep=part)
+        recording = run_reference(job, inputs, python=python, timeout=timeout, keep=part)
         part.replace(out)
     return recording
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,23 +71,20 @@ def opened(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", SOUND)
-def test_a_flip_or_a_cut_raises_nothing_else(form: str, tmp_path: Path) -> None:
-    """There is no checksum: a flip of a weight's bit is a weight. A cut is found unless it falls between nodes."""
+def test_a_flip_or_a_cut_raises_nothing_else(form: str, spoil: Callable[..., Any], tmp_path: Path) -> None:
+    """There is no checksum: a flip of a weight's bit is a weight, and a cut between two nodes is not seen."""
     path, intact = tmp_path / form, SOUND[form]
     path.write_bytes(intact)
     assert {name: raw for name, (_, raw) in opened(path).items()} == {"w": SIX, "v": SIX}
-    cuts = flips = 0
-    for at in range(len(intact)):
-        damaged = [intact[:at], *(intact[:at] + bytes([intact[at] ^ 1 << bit]) + intact[at + 1 :] for bit in range(8))]
-        for number, data in enumerate(damaged):
-            path.write_bytes(data)
-            try:
-                opened(path)
-            except CheckpointError as error:
-                assert str(error).startswith(str(path)) and str(error).isprintable()
-                cuts, flips = cuts + (number == 0), flips + (number > 0)
-    assert cuts > len(intact) - 5
-    assert flips > 2 * len(intact)
+    found = 0
+    for _, data in spoil(intact):
+        path.write_bytes(data)
+        try:
+            opened(path)
+        except CheckpointError as error:
+            assert str(error).startswith(str(path)) and str(error).isprintable()
+            found += 1
+    assert found > 3 * len(intact)
 
 
 ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -178,14 +172,8 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    here, folder = Path(__file__).parent, tmp_path_factory.mktemp("attacks")
-    files = [folder / f"{number}.pb" for number in range(len(ATTACKS))]
-    for file, (make, _) in zip(files, ATTACKS.values(), strict=True):
-        file.write_bytes(make())
-    command = [sys.executable, here / "watched.py", here.parents[1], *files]
-    child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    return dict(zip(ATTACKS, json.loads(child.stdout).values(), strict=True))
+def outcomes(watch: Callable[..., Any]) -> dict[str, dict[str, Any]]:
+    return watch({name: make for name, (make, _) in ATTACKS.items()})
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -193,5 +181,5 @@ def test_an_attack_is_refused_in_one_line(name: str, outcomes: dict[str, dict[st
     """Within 2 GiB and 10 seconds each, and no other file is opened."""
     outcome = outcomes[name]
     assert outcome["broken"] == []
-    assert ATTACKS[name][1] in outcome["refusal"]
+    assert ATTACKS[name][1] in outcome.get("refusal", outcome)
     assert outcome["refusal"].isprintable() and len(outcome["refusal"]) < 1000

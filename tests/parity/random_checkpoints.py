@@ -1,6 +1,6 @@
 """Checkpoints of real frameworks with weights that hide nothing (see references/random_weights.py).
 
-    write_checkpoint({"framework": "mmdet", "model": {"type": "ResNet", "depth": 18}}, path)
+write_checkpoint({"framework": "mmdet", "model": {"type": "ResNet", "depth": 18}}, path)
 """
 
 from __future__ import annotations

@@ -24,7 +24,12 @@ SWIN = {"embed_dims": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
 
 def classifier(backbone: dict[str, Any], features: int) -> dict[str, Any]:
     head = {"type": "LinearClsHead", "num_classes": 10, "in_channels": features}
-    return {"type": "ImageClassifier", "backbone": backbone, "neck": {"type": "GlobalAveragePooling"}, "head": head}
+    parts = {"backbone": backbone, "neck": {"type": "GlobalAveragePooling"}, "head": head}
+    return {"framework": "mmpretrain", "model": {"type": "ImageClassifier", **parts}}
+
+
+def detector(backbone: dict[str, Any], framework: str = "mmdet") -> dict[str, Any]:
+    return {"framework": framework, "model": backbone, "wrap": "detector"}
 
 
 def keras_model(**args: Any) -> dict[str, Any]:
@@ -34,43 +39,43 @@ def keras_model(**args: Any) -> dict[str, Any]:
 
 CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {  # spec, family, target, arguments
     "mmdet swin in a detector, after training with EMA": (
-        {"framework": "mmdet", "model": {"type": "SwinTransformer", **SWIN}, "input": [2, 3, 224, 224], "wrap": "detector", "training": True},
+        {**detector({"type": "SwinTransformer", **SWIN}), "input": [2, 3, 224, 224], "training": True},
         "mmlab/swin",
         "swin_tiny_patch4_window7_224",
         {"always_partition": True, "num_classes": 0},
     ),
     "mmpretrain swin classifier": (
-        {"framework": "mmpretrain", "model": classifier({"type": "SwinTransformer", "arch": "tiny"}, 768), "input": [2, 3, 224, 224]},
+        {**classifier({"type": "SwinTransformer", "arch": "tiny"}, 768), "input": [2, 3, 224, 224]},
         "mmlab/swin",
         "swin_tiny_patch4_window7_224",
         {"num_classes": 10},
     ),
     "mmdet resnet in a detector": (
-        {"framework": "mmdet", "model": {"type": "ResNet", "depth": 18}, "wrap": "detector"},
+        detector({"type": "ResNet", "depth": 18}),
         "mmlab/resnet",
         "resnet18",
         {"num_classes": 0},
     ),
     "mmdet resnext": (
-        {"framework": "mmdet", "model": {"type": "ResNeXt", "depth": 50, "groups": 32, "base_width": 4}, "wrap": "detector"},
+        detector({"type": "ResNeXt", "depth": 50, "groups": 32, "base_width": 4}),
         "mmlab/resnet",
         "resnext50_32x4d",
         {"num_classes": 0},
     ),
     "mmdet resnet v1d": (
-        {"framework": "mmdet", "model": {"type": "ResNetV1d", "depth": 50}, "wrap": "detector"},
+        detector({"type": "ResNetV1d", "depth": 50}),
         "mmlab/resnet",
         "resnet50d",
         {"num_classes": 0},
     ),
     "mmpretrain resnet v1d classifier": (
-        {"framework": "mmpretrain", "model": classifier({"type": "ResNetV1d", "depth": 50}, 2048)},
+        classifier({"type": "ResNetV1d", "depth": 50}, 2048),
         "mmlab/resnet",
         "resnet50d",
         {"num_classes": 10},
     ),
     "mmseg resnet v1c": (
-        {"framework": "mmseg", "model": {"type": "ResNetV1c", "depth": 50}, "wrap": "detector"},
+        detector({"type": "ResNetV1c", "depth": 50}, framework="mmseg"),
         "mmlab/resnet",
         "resnet50c",
         {"num_classes": 0},
@@ -136,12 +141,28 @@ def test_tensorflow_efficientnet_takes_its_averaged_weights(tmp_path: Path) -> N
     assert verdict["passed"] and verdict["precision"] == "float64"
 
 
-TIMM: dict[str, tuple[str, dict[str, Any], Any, list[str]]] = {  # architecture, arguments, what is saved, options
-    "DDP": ("resnet18", {"num_classes": 7}, lambda sd: {"arch": "resnet18", "state_dict": {f"module.{k}": v for k, v in sd.items()}}, []),
-    "fp16": ("vit_tiny_patch16_224", {"num_classes": 7}, lambda sd: {k: v.half() for k, v in sd.items()}, ["--to", "vit_tiny_patch16_224"]),
-    "bf16": ("convnext_atto", {}, lambda sd: {"model": {k: v.bfloat16() for k, v in sd.items()}}, []),
-    "Swin before 0.9": ("swin_tiny_patch4_window7_224", {"num_classes": 7}, lambda sd: {old_swin(k): v for k, v in sd.items()}, []),
-}  # fmt: skip
+def ddp(state: dict[str, Any]) -> dict[str, Any]:
+    return {"arch": "resnet18", "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}
+
+
+def halved(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.half() for name, tensor in state.items()}
+
+
+def nested(state: dict[str, Any]) -> dict[str, Any]:
+    return {"model": {name: tensor.bfloat16() for name, tensor in state.items()}}
+
+
+def before_0_9(state: dict[str, Any]) -> dict[str, Any]:
+    return {old_swin(name): tensor for name, tensor in state.items()}
+
+
+TIMM: dict[str, tuple[str, dict[str, Any], Any, list[str]]] = {  # architecture, arguments, how it is saved, options
+    "DDP": ("resnet18", {"num_classes": 7}, ddp, []),
+    "fp16": ("vit_tiny_patch16_224", {"num_classes": 7}, halved, ["--to", "vit_tiny_patch16_224"]),
+    "bf16": ("convnext_atto", {}, nested, []),
+    "Swin before 0.9": ("swin_tiny_patch4_window7_224", {"num_classes": 7}, before_0_9, []),
+}
 
 
 def old_swin(name: str) -> str:
@@ -186,8 +207,7 @@ def test_a_features_only_vit_comes_home(tmp_path: Path) -> None:
 
 
 def test_a_caffe_style_is_refused_where_the_file_says_so(tmp_path: Path) -> None:
-    spec = {"framework": "mmdet", "model": {"type": "ResNet", "depth": 50, "style": "caffe"}, "wrap": "detector"}
-    source = write_checkpoint(spec, tmp_path / "source.pth")
+    source = write_checkpoint(detector({"type": "ResNet", "depth": 50, "style": "caffe"}), tmp_path / "source.pth")
     done = subprocess.run(
         [sys.executable, "-m", "converters", "convert", source, "-o", tmp_path / "out"], capture_output=True, text=True
     )

@@ -30,7 +30,7 @@ HOSTILE = (
     "a\u202egpj.exe\u2066",
     "\x1b[31mred\x00\x07",
     "\ud800\ufffe",
-    "0" * (1 << 20),
+    "0" * 2000,
 )
 
 
@@ -143,6 +143,16 @@ def test_names_stay_text(failing, name):
     assert len(text) < 3_000_000
     assert all(letter.isprintable() or letter == "\n" for letter in text)
     text.encode("utf-8")
+
+
+def test_a_name_of_a_megabyte(failing, change):
+    name = "<0." * 350_000
+    change(failing, "conversion.json", tensors={name + "w": {"from": [name], "ops": name}}, drops={name: name})
+    change(failing, culprit=name, warnings=[name])
+    start = time.process_time()
+    text = render_html(read_dossier(failing))
+    check(Page(text))
+    assert time.process_time() - start < 10 and len(text) < 300_000
 
 
 def infected(value, name, key=""):
