@@ -158,8 +158,8 @@ def _prove(
     routes, verdict = closing.routes, None
     try:
         run_task({**job, "input": [BATCH, *question.size]}, **ways)
-        args = {"family": unaided(mapping), "img_size": question.img_size, "overwrite": True}
-        done = convert(source, out, **args, allow_deviation=True)
+        family, size = unaided(mapping), question.img_size
+        done = convert(source, out, family=family, img_size=size, overwrite=True, allow_deviation=True)
         routes = route(mapping, done.checkpoint.specs)
         verdict = verify(out, source, mutants=True, **ways)
         outcome = {"passed": "exact"}.get(verdict.outcome, verdict.outcome)

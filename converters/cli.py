@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -136,13 +137,21 @@ def verify(
     python: Interpreter = None,
     trust: Trust = False,
     timeout: Timeout = 900.0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as a web page.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as JUnit XML.")] = None,
+    repro: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write what repeats it without the source framework.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a conversion with the source framework's own model; exit code 3 where they differ or it is unproven."""
     from converters.reports.terminal import show_verdict, status
     from converters.verifier import verify as verify_conversion
 
-    with status() as tell:
+    if repro and repro.exists():
+        raise typer.BadParameter(f"--repro {repro} is there already")
+    with status() as tell, TemporaryDirectory(prefix="timmport-") as scratch:
+        recording = Path(scratch) / "recording.npz"
         verdict = verify_conversion(
             directory,
             source,
@@ -154,8 +163,21 @@ def verify(
             python=python,
             trust=trust,
             timeout=timeout,
+            keep=recording if repro else None,
             progress=tell,
         )
+        if html:
+            from converters.reports.html import write_html
+
+            write_html(directory, html)
+        if junit:
+            from converters.reports.junit import write_junit
+
+            write_junit([directory], junit)
+        if repro:
+            from converters.reports.repro import write_repro
+
+            write_repro(directory, recording, repro)
     if as_json:
         print(verdict.to_json())
     else:

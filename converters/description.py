@@ -56,6 +56,7 @@ def describe(
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
         "input_size": _input_size(plan, img_size),
+        "preprocess": mapping.preprocess,
         "reference": _reference(plan, checkpoint, img_size),
         "caveats": [*plan.caveats, *checkpoint.notes],
         "deviation": _deviations(plan),

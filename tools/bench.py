@@ -5,7 +5,7 @@
 
     start    `timmport --help`, and what `import converters` loads
     plan     planning a 400-tensor checkpoint over 10 candidate targets
-    convert  a 2.5 GB DDP-prefixed float32 ViT-H beside `cp` + `import timm`, timm's own route, and torch.load + save_file
+    convert  a 2.5 GB DDP-prefixed float32 ViT-H beside `cp` + `import timm`, timm's own route and torch's
 
 Times are the best of several runs, and only their ratios mean anything: machines are noisy.
 """

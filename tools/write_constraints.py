@@ -20,7 +20,7 @@ def main() -> None:
     visit("timmport", {"all", "dev"}, found)
     found.pop("timmport")
     path = Path(__file__).parents[1] / "constraints.txt"
-    head = "# The versions that the tests passed with, on Linux and Python 3.11; tools/write_constraints.py writes this file.\n"
+    head = "# What the tests passed with, on Linux and Python 3.11; tools/write_constraints.py writes this file.\n"
     path.write_text(head + "".join(f"{line}\n" for _, line in sorted(found.items())))
     print(f"{path.name}: {len(found)} packages")
 

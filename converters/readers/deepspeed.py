@@ -99,8 +99,8 @@ def _merge(state: Pickled, parts: Sequence[Pickled]) -> Iterator[tuple[str, Lazy
     try:
         shapes = state.value["param_shapes"]
         ranks = [_partition(part, len(parts)) for part in parts]
-        for index, group in enumerate([shapes] if isinstance(shapes, dict) else shapes):
-            pieces = [(part, rank[index]) for part, rank in zip(parts, ranks, strict=True)]
+        for group, *views in zip(shapes, *ranks, strict=True):
+            pieces = list(zip(parts, views, strict=True))
             total, at = sum(view.shape[0] for _, view in pieces), 0
             for name, shape in group.items():
                 spec = TensorSpec(name, tuple(shape), "float32")

@@ -21,7 +21,14 @@ from converters.readers import Contents
 from converters.readers.files import SourceFile
 from converters.readers.protobuf import Malformed, Message, Span, blame, fields
 from converters.readers.slices import Box, join
-from converters.readers.tensor_protos import FLOATS, TENSORFLOW, read_numbers, tensorflow_shape
+from converters.readers.tensor_protos import (
+    FLOATS,
+    MAX_FILLED,
+    TENSORFLOW,
+    lazy_tensor,
+    read_numbers,
+    tensorflow_shape,
+)
 from converters.tensors import LazyTensor, TensorSpec
 
 __all__ = ["FORMAT", "accepts", "read", "read_constants"]
@@ -32,6 +39,7 @@ KNOWN = range(1, 6)  # fields of a graph
 STRING = 7  # TensorFlow's DataType
 MAX_NODES = 1 << 17
 MAX_CHAIN = 64  # of Identities
+MAX_PARTS = 1024  # of a partitioned variable
 MAX_PREFIX = 512  # characters before the name of every node of a function
 ASIDE = "integers, text and scalars of the graph"
 
@@ -60,7 +68,7 @@ def read(path: Path) -> Contents:
         tree=tree,
         files=(source,),
         integrity="none in format",
-        writer=f"TensorFlow graph (producer version {producer})",
+        writer=f"TensorFlow graph (producer version {producer})" if producer else None,
         set_aside=set_aside,
     )
 
@@ -119,7 +127,7 @@ class _Found:
         inputs = [prefix + text.partition(":")[0] for text in node.texts(3) if not text.startswith("^")]
         if op == b"Identity":
             self.reads[name] = inputs[0] if inputs else ""
-        elif inputs:
+        elif 2 < len(inputs) <= MAX_PARTS:
             axis = inputs.pop(0 if op == b"Concat" else -1)
             self.concats.append((inputs, axis))
 
@@ -133,9 +141,7 @@ class _Found:
                 kind = TENSORFLOW.dtypes.get(dtype)
                 if kind in FLOATS and (shape or name in variables):
                     spec = TensorSpec(name, shape, kind)
-                    tree[name] = LazyTensor(
-                        spec, partial(_read, self.file, name, read_numbers(proto, spec, TENSORFLOW))
-                    )
+                    tree[name] = lazy_tensor(proto, spec, TENSORFLOW, self.file)
                 elif kind is None and dtype != STRING:
                     tree[name] = TENSORFLOW.refusal(dtype)
         return tree
@@ -154,28 +160,15 @@ class _Found:
 
     def join(self, tree: dict[str, Any], names: list[str], axis: int | None) -> None:
         """Put a variable into `tree` in the place of its parts, if that is what `names` are."""
-        whole = names[0].removesuffix("/part_0") if names else ""
+        whole = names[0].removesuffix("/part_0")
         parts = [part for name in names if isinstance(part := tree.get(name), LazyTensor)]
-        if not parts or names != [f"{whole}/part_{number}" for number in range(len(parts))] or whole in tree:
+        if names != [f"{whole}/part_{number}" for number in range(len(parts))] or whole in tree or axis is None:
             return
-        spec = parts[0].spec
-        if axis is None or not -len(spec.shape) <= axis < len(spec.shape):
-            return
-        axis %= len(spec.shape)
-        before, after = spec.shape[:axis], spec.shape[axis + 1 :]
-        pieces: list[tuple[Box, Callable[[], memoryview]]] = []
-        at = 0
-        for part in parts:
-            shape = part.spec.shape
-            if (shape[:axis], shape[axis + 1 :], part.spec.dtype) != (before, after, spec.dtype):
-                return
-            box = (*((0, size) for size in before), (at, shape[axis]), *((0, size) for size in after))
-            pieces.append((box, part.read))
-            at += shape[axis]
-        for name in names:
-            del tree[name]
-        spec = TensorSpec(whole, (*before, at, *after), spec.dtype)
-        tree[whole] = LazyTensor(spec, partial(join, spec, pieces))
+        joined = _join(whole, parts, axis)
+        if joined and joined.spec.nbytes <= max(MAX_FILLED, 8 * self.file.size):
+            for name in names:
+                del tree[name]
+            tree[whole] = joined
 
     def number(self, name: str) -> int | None:
         """The value of a constant, if it is one int32."""
@@ -187,6 +180,20 @@ class _Found:
         return int.from_bytes(raw, "little", signed=True)
 
 
-def _read(file: SourceFile, name: str, unpack: Callable[[], memoryview]) -> memoryview:
-    with blame(file, name):
-        return unpack()
+def _join(name: str, parts: list[LazyTensor], axis: int) -> LazyTensor | None:
+    """The parts of a tensor side by side along an axis; None if they do not fit together."""
+    shape, dtype = parts[0].spec.shape, parts[0].spec.dtype
+    if not -len(shape) <= axis < len(shape):
+        return None
+    axis %= len(shape)
+    before, after = shape[:axis], shape[axis + 1 :]
+    pieces: list[tuple[Box, Callable[[], memoryview]]] = []
+    at = 0
+    for part in parts:
+        size = part.spec.shape[axis] if len(part.spec.shape) == len(shape) else 0
+        if part.spec.shape != (*before, size, *after) or part.spec.dtype != dtype:
+            return None
+        pieces.append(((*((0, n) for n in before), (at, size), *((0, n) for n in after)), part.read))
+        at += size
+    spec = TensorSpec(name, (*before, at, *after), dtype)
+    return LazyTensor(spec, partial(join, spec, pieces))

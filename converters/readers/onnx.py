@@ -22,7 +22,7 @@ from converters.readers import Contents
 from converters.readers.files import SourceFile
 from converters.readers.folders import find_beside
 from converters.readers.protobuf import Malformed, Message, Span, blame, fields
-from converters.readers.tensor_protos import FLOATS, ONNX, check_shape, read_numbers
+from converters.readers.tensor_protos import FLOATS, ONNX, check_shape, lazy_tensor
 from converters.tensors import LazyTensor, TensorSpec
 
 __all__ = ["FORMAT", "accepts", "read"]
@@ -42,7 +42,7 @@ def accepts(path: Path, head: bytes) -> bool:
     seen: list[int] = []
     try:
         for number, value in fields(Span.whole(SourceFile(path))):
-            if number not in (NUMBERS if isinstance(value, int) else BYTES):
+            if number not in (NUMBERS if isinstance(value, int) else BYTES) or len(seen) > GRAPH:
                 return False
             seen.append(number)
             if number == GRAPH:
@@ -126,7 +126,7 @@ class _Found:
             spec = TensorSpec(name, check_shape(tensor.integers(1)), ONNX.dtypes[dtype])
             if tensor.integer(14):
                 return LazyTensor(spec, self.external(spec, tensor))
-            return LazyTensor(spec, partial(_read, self.source, name, read_numbers(tensor, spec, ONNX)))
+            return lazy_tensor(tensor, spec, ONNX, self.source)
 
     def external(self, spec: TensorSpec, tensor: Message) -> Callable[[], memoryview]:
         """The way to bytes in another file."""
@@ -152,8 +152,3 @@ class _Found:
             return SourceFile(find_beside(self.source.path, location))
         except CheckpointError as error:
             raise type(error)(error.problem, file=error.file, tensor=tensor, cure=error.cure) from error
-
-
-def _read(file: SourceFile, name: str, unpack: Callable[[], memoryview]) -> memoryview:
-    with blame(file, name):
-        return unpack()

@@ -14,10 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from converters.readers.protobuf import Malformed, Message, Span, varints
-from converters.tensors import DTYPES, TensorSpec
+from converters.readers.files import SourceFile
+from converters.readers.protobuf import Malformed, Message, Span, blame, varints
+from converters.tensors import DTYPES, LazyTensor, TensorSpec
 
-__all__ = ["FLOATS", "ONNX", "TENSORFLOW", "Layout", "check_shape", "read_numbers", "tensorflow_shape"]
+__all__ = [
+    "FLOATS",
+    "MAX_FILLED",
+    "ONNX",
+    "TENSORFLOW",
+    "Layout",
+    "check_shape",
+    "lazy_tensor",
+    "read_numbers",
+    "tensorflow_shape",
+]
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # what a constant that is a weight holds
 MAX_RANK = 32
@@ -116,6 +127,16 @@ def tensorflow_shape(shape: Message) -> tuple[int, ...]:
     return check_shape([dim.integer(1) for dim in shape.messages(2)])
 
 
+def lazy_tensor(proto: Message, spec: TensorSpec, layout: Layout, source: SourceFile) -> LazyTensor:
+    """The tensor in a TensorProto of `source`. Raises Malformed where the proto does not fit `spec`."""
+    return LazyTensor(spec, partial(_read, read_numbers(proto, spec, layout), source, spec.name))
+
+
+def _read(numbers: Callable[[], memoryview], source: SourceFile, name: str) -> memoryview:
+    with blame(source, name):
+        return numbers()
+
+
 def read_numbers(proto: Message, spec: TensorSpec, layout: Layout) -> Callable[[], memoryview]:
     """The way to the bytes of a tensor; it raises Malformed, as this does, where the proto does not fit `spec`."""
     raw = proto.parts(layout.raw)
@@ -138,13 +159,14 @@ def _unpack(parts: list[memoryview | Span], spec: TensorSpec, layout: Layout) ->
     import numpy as np
 
     size = DTYPES[spec.dtype][1]
-    raw = memoryview(b"".join(map(_copy, parts)))
-    if spec.dtype in layout.fixed:
-        if len(raw) % size:
-            raise Malformed(f"its {len(raw)} bytes are no {spec.dtype} numbers")
-        values = np.frombuffer(raw, f"V{size}")
-    else:
+    views = [part.read() if isinstance(part, Span) else part for part in parts]
+    raw = views[0] if len(views) == 1 else memoryview(b"".join(views))
+    if spec.dtype not in layout.fixed:
         values = varints(raw).astype(f"u{size}")  # keeps the lowest bytes
+    elif len(raw) % size:
+        raise Malformed(f"its {len(raw)} bytes are no {spec.dtype} numbers")
+    else:
+        values = np.frombuffer(raw, f"V{size}")
     if len(values) > spec.numel or (len(values) < spec.numel and not layout.fills):
         raise Malformed(f"its {len(values)} numbers are not a tensor of shape {spec.shape}")
     whole = np.zeros(spec.numel, values.dtype)

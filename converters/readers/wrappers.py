@@ -56,9 +56,9 @@ def unwrap(tree: dict[str, Any], path: Path, *, key: str | None = None, ema: boo
     """The state dict in `tree`; see `open_checkpoint` for `key` and `ema`. Raises CheckpointError."""
     steps, prefix = _follow(tree, key or "")
     node = steps[-1][0][steps[-1][1]] if steps else tree
-    unwrapper = _Unwrapper(path, ema, prefix, [name for name, value in node.items() if isinstance(value, dict)])
+    unwrapper = _Unwrapper(path, ema, [name for name, value in node.items() if isinstance(value, dict)])
     unwrapper.met_average = any(name in AVERAGED for _, name in steps)
-    found = unwrapper.open(node, len(steps))
+    found = unwrapper.open(node, len(steps), prefix)
     for parent, name in reversed(steps):
         found = unwrapper.wrap(parent, name, found)
     if ema and not unwrapper.met_average:
@@ -71,14 +71,14 @@ def unwrap(tree: dict[str, Any], path: Path, *, key: str | None = None, ema: boo
 
 
 class _Unwrapper:
-    def __init__(self, path: Path, ema: bool | None, prefix: str, choices: list[str]) -> None:
+    def __init__(self, path: Path, ema: bool | None, choices: list[str]) -> None:
         self.path, self.ema, self.met_average = path, ema, False
-        self.prefix, self.choices = prefix, choices  # of names that are asked for; what else could have been
+        self.choices = choices  # the dicts that a key could have named
         self.known: dict[int, bool] = {}  # by id of a dict: whether it holds tensors
         self.plain = Plain()
 
-    def open(self, node: dict[str, Any], depth: int) -> Unwrapped:
-        """The state dict that `node` is, or the one that it holds."""
+    def open(self, node: dict[str, Any], depth: int, prefix: str = "") -> Unwrapped:
+        """The state dict that `node` is, or the one that it holds; of this, what has `prefix` before its names."""
         if depth > MAX_DEPTH:
             raise UnsafeCheckpoint(f"wraps its state dict more than {MAX_DEPTH} times", file=self.path)
         if {"state", "param_groups"} <= node.keys():
@@ -90,10 +90,10 @@ class _Unwrapper:
             loose = any(_is_tensor(value) and not _aside(name) for name, value in node.items())
             raw = [name for name in nested if not (loose and "." in name)]  # a dotted name is a module's
             if not raw:
-                return self.state_dict(node, depth)
+                return self.state_dict(node, depth, prefix)
         if len(raw) > 1 or len(averaged) > 1 or loose:
-            if self.prefix:
-                raise self.no_choice(self.prefix)
+            if prefix:
+                raise self.no_choice(prefix)
             names = [printable(name, 40) for name in [*raw, *averaged][:10]]
             problem = f"holds several state dicts: {', '.join(names)}{' and loose tensors' * loose}"
             raise CheckpointError(problem, file=self.path, cure=f"choose one, as in --key {names[0]}")
@@ -104,18 +104,18 @@ class _Unwrapper:
                 raise CheckpointError(
                     f"holds averaged weights only, in {name}", file=self.path, cure="leave --no-ema out"
                 )
-            return self.wrap(node, name, self.open(node[name], depth + 1))
-        return self.choose(node, raw[0], averaged[0], depth)
+            return self.wrap(node, name, self.open(node[name], depth + 1, prefix))
+        return self.choose(node, raw[0], averaged[0], depth, prefix)
 
-    def choose(self, node: dict[str, Any], raw: str, averaged: str, depth: int) -> Unwrapped:
+    def choose(self, node: dict[str, Any], raw: str, averaged: str, depth: int, prefix: str) -> Unwrapped:
         """The averaged weights, unless the raw ones are asked for or are alone complete."""
         self.met_average, note = True, ""
         if averaged == "ema_state_dict" and _is_mmengine(node):
             raw, averaged, note = averaged, raw, ", which MMEngine's EMAHook exchanges when it saves"
         taken, left = (raw, averaged) if self.ema is False else (averaged, raw)
-        found = self.open(node[taken], depth + 1)
+        found = self.open(node[taken], depth + 1, prefix)
         if self.ema is None:
-            fallback = self.open(node[raw], depth + 1)
+            fallback = self.open(node[raw], depth + 1, prefix)
             if missing := fallback.tensors.keys() - found.tensors.keys():
                 found, taken, left, note = fallback, raw, averaged, f" without {len(missing)} of the tensors"
         kind = "raw" if left == raw else "averaged"
@@ -131,24 +131,27 @@ class _Unwrapper:
             metadata={**found.metadata, **metadata},
         )
 
-    def state_dict(self, node: dict[str, Any], depth: int) -> Unwrapped:
+    def state_dict(self, node: dict[str, Any], depth: int, prefix: str) -> Unwrapped:
         """A dict that holds tensors itself, its prefixes and its tensors' companions taken off."""
         node = unpack(node)
         tensors = {name: value for name, value in node.items() if isinstance(value, LazyTensor)}
         self.refuse_kin(node, bool(tensors))
         set_aside, metadata = self.sort_out({name: node[name] for name in node if name not in tensors})
         tensors, prefixes, counters = strip_prefixes(tensors)
-        if part := self.choose_part(tensors, prefixes, depth + 1):
-            set_aside, metadata = {**set_aside, **part.set_aside}, {**metadata, **part.metadata}
-            return replace(part, wrappers=(*prefixes, *part.wrappers), set_aside=set_aside, metadata=metadata)
-        weights, marks, companions, has_averages = separate(tensors, averaged=self.ema is not False)
-        self.met_average |= has_averages
-        set_aside = {**set_aside, **counters, **companions}
-        return Unwrapped(weights, (*prefixes, *marks), set_aside, metadata, annotate(weights))
+        found = self.part(tensors, prefixes, depth + 1, prefix)
+        if found is None:
+            weights, marks, companions, has_averages = separate(tensors, averaged=self.ema is not False)
+            self.met_average |= has_averages
+            found = Unwrapped(weights, marks, companions, notes=annotate(weights))
+        return replace(
+            found,
+            wrappers=(*prefixes, *found.wrappers),
+            set_aside={**set_aside, **counters, **found.set_aside},
+            metadata={**metadata, **found.metadata},
+        )
 
-    def choose_part(self, tensors: dict[str, LazyTensor], prefixes: list[str], depth: int) -> Unwrapped | None:
+    def part(self, tensors: dict[str, LazyTensor], prefixes: list[str], depth: int, asked: str) -> Unwrapped | None:
         """The tensors below the prefix that was asked for, or of one of two models; None if all are one model's."""
-        asked, self.prefix = self.prefix, ""
         prefix = asked
         for one in prefixes if asked else []:
             prefix = f"{prefix}.".removeprefix(one).removesuffix(".")
@@ -167,10 +170,10 @@ class _Unwrapper:
 
     def refuse_kin(self, node: dict[str, Any], holds_tensors: bool) -> None:
         """Raise for what resembles a state dict: quantized weights, an adapter, tensors in part, none at all."""
-        is_read = any(isinstance(value, LazyTensor) and value.lossy for value in node.values())
+        is_dequantized = any(isinstance(value, LazyTensor) and value.lossy for value in node.values())
         for name, value in node.items():
             segments = set(name.split("."))
-            if segments & QUANTIZED and not (is_read and segments.isdisjoint(PACKED)):
+            if segments & QUANTIZED and not (is_dequantized and segments.isdisjoint(PACKED)):
                 raise CheckpointError("is quantized", file=self.path, tensor=name, cure="convert the float model")
             if segments & ADAPTERS:
                 cure = "merge it into its base model first"

@@ -126,12 +126,12 @@ def depth_chart(taps: Iterable[Tap], divergence: Tap | None, culprit: str | None
         if forced:
             tap = max(forced, key=lambda tap: (not tap.local_passed, _size(tap.local_error)))
             local.append(Point(x, y(tap.local_error), tap, tap.local_error, bool(tap.local_passed)))
-    every = max(1, math.ceil(len(modules) / 16))
+    every, decades = math.ceil(len(modules) / 16), math.ceil((high - low) / 9)
     return DepthChart(
         tuple(errors),
         tuple(local),
         _staircase([(x, y(point.tap.bound)) for x, point in zip(xs, errors, strict=True) if point.tap.bound], step),
-        tuple(Tick(y(10.0**power), f"1e{power}") for power in range(low, high + 1, max(1, math.ceil((high - low) / 9)))),
+        tuple(Tick(y(10.0**power), f"1e{power}") for power in range(low, high + 1, decades)),
         tuple(Tick(x, str(index)) for index, x in enumerate(xs) if index % every == 0),
         next((point for point in errors if divergence and point.tap.target == divergence.target), None),
         next((point for point in local if point.tap.target == culprit), None),

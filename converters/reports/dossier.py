@@ -24,19 +24,19 @@ __all__ = [
     "Comparison",
     "Config",
     "Conversion",
-    "Deviation",
     "Dossier",
     "Finding",
     "Mutant",
     "Mutants",
     "Origin",
+    "Rounding",
     "Tap",
+    "Unchecked",
+    "Undetectable",
     "Verification",
     "figure",
     "read_dossier",
 ]
-
-Outcome = Literal["passed", "failed", "unproven"]
 
 
 class _Part(BaseModel):
@@ -107,11 +107,23 @@ class Mutant(_Part):
     detected: bool
 
 
+class Undetectable(_Part):
+    """A draw that damaged nothing, and why."""
+
+    kind: str
+    tensor: str = ""
+    detail: str = ""
+    reason: str = ""
+
+
 class Mutants(_Part):
-    seed: int | None = None
+    """What became of every mutant."""
+
+    seed: int = 0
     smallest_margin: float | None = None
     undetected: int = 0
     mutants: tuple[Mutant, ...] = ()
+    undetectable: tuple[Undetectable, ...] = ()
 
 
 class Source(_Part):
@@ -133,16 +145,8 @@ class Origin(_Part):
     sources: tuple[str, ...] = Field((), alias="from")
     ops: str = ""
     line: int | None = None
+    part: tuple[int, int] = (0, 1)  # which of the parts that the ops make, from 0, and how many those are
     fill: float | None = None
-
-
-class Deviation(_Part):
-    """What timm cannot compute as the source does, and the bound that takes parity's place."""
-
-    reason: str
-    bound: float
-    attribute: str = ""
-    where: tuple[str, ...] = ()
 
 
 class Conversion(_Part):
@@ -155,7 +159,6 @@ class Conversion(_Part):
     target: Target = Target()
     dtype: str = "source"
     caveats: tuple[str, ...] = ()
-    deviation: tuple[Deviation, ...] = ()
     tensors: dict[str, Origin] = {}
     drops: dict[str, str] = {}
     set_aside: dict[str, str] = {}
@@ -175,20 +178,39 @@ class Reference(_Part):
     framework: dict[str, str] = {}
 
 
+class Unchecked(_Part):
+    """A pair of modules that could not be compared, and why."""
+
+    source: str
+    target: str
+    line: int | None = None
+    reason: str = ""
+
+
+class Rounding(_Part):
+    """Whether narrower weights are the source's, rounded once."""
+
+    passed: bool
+    dtype: str
+    tensors: int
+    wrong: tuple[str, ...] = ()
+
+
 class Verification(_Part):
     """verification.json."""
 
-    passed: bool
-    outcome: Outcome | None = None
-    precision: str = ""
+    outcome: Literal["passed", "failed", "unproven"]
+    summary: str
     warnings: tuple[str, ...] = ()
     reference: Reference = Reference()
     target: dict[str, str] = {}
     comparisons: tuple[Comparison, ...] = ()
     taps: tuple[Tap, ...] = ()
+    unchecked: tuple[Unchecked, ...] = ()
     first_divergence: Tap | None = None
     culprit: str | None = None
-    audit: tuple[Finding, ...] | None = None
+    audit: tuple[Finding, ...] = ()
+    rounding: Rounding | None = None
     mutants: Mutants | None = None
 
 
@@ -200,33 +222,6 @@ class Dossier:
     conversion: Conversion
     config: Config
     verification: Verification
-
-    @property
-    def outcome(self) -> Outcome:
-        if outcome := self.verification.outcome:
-            return outcome
-        if not self.verification.passed:
-            return "failed"
-        return "unproven" if self.verification.mutants and self.verification.mutants.undetected else "passed"
-
-    @property
-    def summary(self) -> str:
-        """The verdict in one line."""
-        found = self.verification
-        failed = [c for c in found.comparisons if not c.passed]
-        if failed:
-            return f"{failed[0].output} on {failed[0].probe}: {failed[0].reason}"
-        if not found.comparisons:
-            return "nothing was compared"
-        worst = max(found.comparisons, key=lambda c: _share(*c.worst))
-        error, bound = worst.worst
-        agreement = f"worst error {figure(error)} where {figure(bound)} is allowed ({worst.output} on {worst.probe})"
-        if self.outcome == "unproven":
-            return f"the outputs agree, but {_count(found.mutants)} would have passed too; {agreement}"
-        if self.outcome == "failed":
-            bad = next((tap for tap in found.taps if not tap.passed), None)
-            return f"the outputs agree, but {f'{bad.target} does not' if bad else 'the verification did not pass'}"
-        return f"the same function in {found.precision}: {agreement}"
 
 
 Part = TypeVar("Part", bound=_Part)
@@ -277,9 +272,3 @@ def _share(error: float | None, bound: float | None) -> float:
     if bound <= 0:
         return math.inf if error else 0.0
     return error / bound
-
-
-def _count(mutants: Mutants | None) -> str:
-    count = mutants.undetected if mutants else 0
-    return f"{count} mutant{'s' * (count != 1)}"
-

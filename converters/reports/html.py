@@ -27,6 +27,7 @@ from converters.reports.dossier import Dossier, Origin, figure, read_dossier
 __all__ = ["render_html", "write_html"]
 
 LONGEST = 200  # letters of a name
+TIMES = "\N{MULTIPLICATION SIGN}"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -101,7 +102,6 @@ def render_html(dossier: Dossier) -> str:
         left=[*_reasons("dropped", conversion.drops), *_reasons("set aside", conversion.set_aside)],
         notes=[
             *(("caveat", text) for text in conversion.caveats),
-            *(("deviation", f"{one.reason} (within {figure(one.bound)})") for one in conversion.deviation),
             *(("warning", text) for text in found.warnings),
         ],
         settings=list(_settings(conversion.preprocess, dossier.config.pretrained_cfg)),
@@ -122,8 +122,13 @@ def _folds(tensors: Mapping[str, Origin]) -> Iterable[Fold]:
             constant or " + ".join(map(_folded, zip(*(origin.sources for _, origin in members), strict=True))),
             origin.ops,
             origin.line,
-            tuple((name, constant or " + ".join(origin.sources)) for name, origin in members),
+            tuple((name, constant or _sources(origin)) for name, origin in members),
         )
+
+
+def _sources(origin: Origin) -> str:
+    part, parts = origin.part
+    return " + ".join(origin.sources) + (f" ({part + 1} of {parts})" if parts > 1 else "")
 
 
 def _folded(names: Iterable[str]) -> str:
@@ -183,8 +188,8 @@ def _times(margin: float | None) -> str:
     ['0.021×', '310×', '41,000×', '3.1e+08×', 'not finite']
     """
     if margin is None or not abs(margin) < 1e6:
-        return figure(margin) + "×" * (margin is not None)
-    return f"{float(f'{margin:.2g}'):,.7g}×"
+        return figure(margin) + TIMES * (margin is not None)
+    return f"{float(f'{margin:.2g}'):,.7g}{TIMES}"
 
 
 def _versions(versions: Mapping[str, str]) -> str:

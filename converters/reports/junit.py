@@ -2,8 +2,11 @@
 
     NAME.verdict    the outcome; it fails whenever the verification did not pass, whatever else there is
     NAME.outputs    an output on a probe
-    NAME.modules    a pair of modules, on all probes
+    NAME.weights    the rounding of weights in a narrower dtype
+    NAME.modules    a pair of modules; it fails only where the verification did, for modules alone decide nothing
     NAME.mutants    a deliberate fault, which fails when the verification does not see it
+
+There are no times: the documents have none, so that runs agree.
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ def render_junit(dossiers: Iterable[Dossier]) -> str:
 def _suite(dossier: Dossier) -> ElementTree.Element:
     cases, name = list(_cases(dossier)), printable(dossier.name)
     failures = sum(reason is not None for _, _, reason in cases)
-    counts = {"tests": str(len(cases)), "failures": str(failures), "errors": "0", "skipped": "0"}
-    suite = ElementTree.Element("testsuite", name=name, **counts)
+    counts = {"tests": len(cases), "failures": failures, "errors": 0, "skipped": 0}
+    suite = ElementTree.Element("testsuite", {"name": name, **{key: str(count) for key, count in counts.items()}})
     for group, case, reason in cases:
         element = ElementTree.SubElement(suite, "testcase", classname=f"{name}.{group}", name=printable(case))
         if reason is not None:
@@ -57,15 +60,20 @@ def _suite(dossier: Dossier) -> ElementTree.Element:
 
 def _cases(dossier: Dossier) -> Iterator[Case]:
     found = dossier.verification
-    yield "verdict", "verdict", None if dossier.outcome == "passed" else f"{dossier.outcome}: {dossier.summary}"
+    yield "verdict", "verdict", None if found.outcome == "passed" else f"{found.outcome}: {found.summary}"
     for one in found.comparisons:
         name = f"{one.output} on {one.probe} in {one.precision}"
         yield "outputs", name, None if one.passed else one.reason or "it differs"
+    if rounding := found.rounding:
+        wrong = f"{len(rounding.wrong)} are not the source's, rounded; the first is {' '.join(rounding.wrong[:1])}"
+        name = f"{rounding.tensors} tensors rounded to {rounding.dtype}"
+        yield "weights", name, None if rounding.passed else wrong
     modules: dict[str, list[Tap]] = {}
     for tap in found.taps:
         modules.setdefault(tap.target, []).append(tap)
     for target, taps in modules.items():
-        yield "modules", target, next(filter(None, map(_fault, taps)), None)
+        faults = filter(None, map(_fault, taps)) if found.outcome == "failed" else ()
+        yield "modules", target, next(iter(faults), None)
     for number, mutant in enumerate(found.mutants.mutants if found.mutants else (), 1):
         name = " ".join(filter(None, (f"{number}: {mutant.kind}", mutant.tensor, mutant.detail)))
         yield "mutants", name, None if mutant.detected else f"not found: its error is {figure(mutant.error)}"
@@ -74,9 +82,8 @@ def _cases(dossier: Dossier) -> Iterator[Case]:
 def _fault(tap: Tap) -> str | None:
     """Why a pair of modules fails on its probe."""
     if tap.local_passed is False:
-        allowed = f"error {figure(tap.local_error)} where {figure(tap.local_bound)} is allowed"
-        return f"{tap.probe}, on the source's own input: {tap.reason or allowed}"
+        where = f"{tap.probe}, on the reference's own input"
+        return f"{where}: error {figure(tap.local_error)} where {figure(tap.local_bound)} is allowed"
     if not tap.passed:
-        allowed = f"error {figure(tap.error)} where {figure(tap.bound)} is allowed"
-        return f"{tap.probe}: {tap.reason or allowed}"
+        return f"{tap.probe}: error {figure(tap.error)} where {figure(tap.bound)} is allowed"
     return None

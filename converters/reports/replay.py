@@ -2,13 +2,15 @@
 
     python replay.py [OUTPUT ...]
 
-Run it in the folder that `timmport verify --repro` wrote. It needs torch, timm and numpy, and neither timmport nor
-the source framework. For each output of each probe it prints the error, the largest difference in a sample over the
-largest magnitude that the sample should have, and what is allowed; exit code 1 where one is beyond that.
+It stands in a folder that `timmport verify --repro` wrote and needs torch, timm and numpy, neither timmport nor the
+source framework. The model runs in float64. For each output of each probe it prints the error, the largest
+difference in a sample over the largest magnitude that the sample should have, and what the verification allowed;
+exit code 1 where one is beyond that.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -18,82 +20,70 @@ import numpy as np
 import timm
 import torch
 
-__all__ = ["main", "replay"]
-
-BOUND = 1e-10  # in float64
-FACTOR, FLOOR = 4.0, 16 * 2.0**-24  # in float32: the reference's distance from a float64 run, over the target's own
+__all__ = ["main"]
 
 
-def replay(folder: Path, wanted: list[str]) -> bool:
-    """Print every output's error; whether all are within their bounds."""
-    with np.load(folder / "recording.npz", allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    inputs = {name[6:]: array for name, array in arrays.items() if name.startswith("input.")}
-    precision = "float64" if any(name.startswith("float64.") for name in arrays) else "float32"
-    models = {name: load(folder, name) for name in dict.fromkeys(("float64", precision))}
+def main(folder: Path, wanted: list[str]) -> int:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().double()
+    found = json.loads((folder / "verification.json").read_text("utf-8"))
     passed = True
-    for name, right in arrays.items():
-        kind, _, rest = name.partition(".")
-        probe, _, output = rest.partition(".")
-        if kind != precision or (wanted and output not in wanted):
-            continue
-        given = {kind: run(model, inputs[probe].astype(kind), output) for kind, model in models.items()}
-        if any(array is None or array.shape != right.shape for array in given.values()):
-            print(f"FAILED  {output} on {probe}: the target has no such output of shape {right.shape}")
-            passed = False
-            continue
-        found, allowed = compare(given, right, precision)
-        worst = int(np.argmax(np.nan_to_num(found / allowed, nan=np.inf)))
-        good = bool((found <= allowed).all())
-        print(
-            f"{'passed' if good else 'FAILED'}  {output} on {probe} in {precision}: "
-            f"error {found[worst]:.1e} where {allowed[worst]:.1e} is allowed (sample {worst})"
-        )
-        passed &= good
-    return passed
+    with np.load(folder / "recording.npz", allow_pickle=False) as arrays:
+        for one in found["comparisons"]:
+            output, probe, precision = one["output"], one["probe"], one["precision"]
+            if wanted and output not in wanted:
+                continue
+            right = arrays.get(f"{precision}.{probe}.{output}")
+            given = run(model, arrays[f"input.{probe}"].astype("float64"), output)
+            reason = incomparable(right, given)
+            if reason is None:
+                pair = (given, right) if precision == "float64" else (right, given)  # the second is right
+                errors, bounds = relative(*pair), np.array(one["bounds"] or [0.0], dtype=float)
+                worst = int(np.argmax(errors - bounds))
+                bound = bounds[min(worst, len(bounds) - 1)]
+                reason = f"error {errors[worst]:.1e} where {bound:.1e} is allowed (sample {worst})"
+                good = bool((errors <= bounds).all())
+            else:
+                good = False
+            passed &= good
+            print(f"{'passed' if good else 'FAILED'}  {output} on {probe} in {precision}: {reason}")
+    return 0 if passed else 1
 
 
-def load(folder: Path, precision: str) -> Any:
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(getattr(torch, precision))
-
-
-def run(model: Any, array: np.ndarray, output: str) -> np.ndarray | None:
-    """One output of the model by timmport's name; None where it has no such output."""
-    x = torch.from_numpy(array)
-    level = re.fullmatch(r"features\.([0-9]+)", output)
+def run(model: Any, x: np.ndarray, output: str) -> np.ndarray | None:
+    """One output of the model, by timmport's name; None where it has no such output."""
+    level = re.fullmatch("features[.]([0-9]+)", output)
     with torch.no_grad():
-        if output == "logits":
-            found = model(x)
+        image = torch.from_numpy(x)
+        if output == "logits" and model.num_classes:
+            found = model(image)
         elif output == "forward_features":
-            found = model.forward_features(x)
+            found = model.forward_features(image)
         elif output == "pre_logits":
-            found = model.forward_head(model.forward_features(x), pre_logits=True)
+            found = model.forward_head(model.forward_features(image), pre_logits=True)
         elif level:
             options = {"indices": [int(level[1])], "norm": False, "output_fmt": "NCHW", "intermediates_only": True}
-            (found,) = model.forward_intermediates(x, **options)
+            (found,) = model.forward_intermediates(image, **options)
         else:
             return None
     return found.numpy()
 
 
-def compare(given: dict[str, np.ndarray], right: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample's error, and what is allowed."""
-    if precision == "float64":
-        return errors(given["float64"], right), np.full(len(right), BOUND)
-    own = errors(given["float32"], given["float64"])
-    return errors(right, given["float64"]), FACTOR * np.maximum(own, FLOOR)
+def incomparable(right: np.ndarray | None, given: np.ndarray | None) -> str | None:
+    """Why there is nothing to measure."""
+    if right is None or given is None:
+        return f"the {'reference' if right is None else 'target'} has no such output"
+    if right.shape != given.shape:
+        return f"its shape is {right.shape} in the reference and {given.shape} in the target"
+    return None if np.isfinite(right).all() and np.isfinite(given).all() else "one side gives NaN or Inf"
 
 
-def errors(given: np.ndarray, right: np.ndarray) -> np.ndarray:
+def relative(given: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Each sample's largest difference over its largest magnitude."""
     right = right.astype(np.float64).reshape(len(right), -1)
     difference = np.abs(given.reshape(right.shape) - right).max(axis=1)
-    scale = np.abs(right).max(axis=1)
-    return np.where(difference == 0, 0.0, difference / np.where(scale > 0, scale, np.finfo(float).tiny))
-
-
-def main() -> int:
-    return 0 if replay(Path(__file__).resolve().parent, sys.argv[1:]) else 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(difference > 0, difference / np.abs(right).max(axis=1), 0.0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(__file__).resolve().parent, sys.argv[1:]))

@@ -19,6 +19,7 @@ from converters.errors import printable
 from converters.mapping import Mapping, find_mappings
 from converters.names import fold
 from converters.plan import Plan
+from converters.reports.divergence import divergence_lines, summary_lines
 from converters.readers import Checkpoint
 
 if TYPE_CHECKING:
@@ -143,9 +144,13 @@ def show_conversion(conversion: Conversion) -> None:
 
 
 def show_verdict(verdict: Verdict) -> None:
-    """The verdict first, then every output that was compared."""
+    """The verdict first, then the way to the fault, if there is one, and every output that was compared."""
     mark = {"passed": "[green]passed[/]", "unproven": "[yellow]UNPROVEN[/]"}.get(verdict.outcome, "[red]FAILED[/]")
     console.print(f"{mark} {escape(str(verdict))}")
+    for line in divergence_lines(verdict):
+        console.print(f"  {escape(printable(line, 400))}")
+    for label, text in summary_lines(verdict):
+        _say(label, text)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("output", "probe", "gate", "error", "allowed", ""):
         table.add_column(column, overflow="fold")

@@ -10,6 +10,7 @@ A recording made elsewhere can stand where the worker does.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ def verify(
     taps: bool = True,
     mutants: bool = False,
     images: str | os.PathLike[str] | None = None,
+    keep: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verdict:
     """Compare a folder that `convert` wrote with the reference, on the checkpoint that it was converted from.
@@ -54,7 +56,7 @@ def verify(
     has the source framework. `trust` lets the framework execute whatever `source` or the reference's file holds.
     The worker is ended after `timeout` seconds. Without `taps` the outputs are compared and no module inside.
     With `mutants` a verdict that passes is put to the proof (see mutants.py). `images` is a folder of the user's
-    own, which become a probe. `progress` is told each step.
+    own, which become a probe. The recording is copied to `keep`. `progress` is told each step.
 
     The verdict is also written to verification.json in the folder. Models that differ are a verdict, not an
     exception; ConverterError is raised when they could not be compared.
@@ -68,6 +70,8 @@ def verify(
         if images is not None:
             raise ReferenceFailed("is a recording, and images are none of its probes", file=reference)
         recording = read_recording(reference)
+        if keep is not None:
+            shutil.copyfile(reference, keep)
     else:
         job = make_job(parse_reference(reference or "auto", subject, outputs, args), subject, checkpoint, trust=trust)
         if not taps:
@@ -75,7 +79,7 @@ def verify(
         inputs = probes(subject.input_size, any_size=job.get("any_size", False))
         if images is not None:
             inputs |= image_probes(subject.directory, Path(images))
-        recording = run_reference(job, inputs, python=python, timeout=timeout)
+        recording = run_reference(job, inputs, python=python, timeout=timeout, keep=Path(keep) if keep else None)
     if recording.about["source"]["sha256"] != subject.sha256:
         raise ReferenceFailed("ran with another checkpoint than the one that was converted", file=reference or source)
     tell("running the target")

@@ -1,9 +1,9 @@
 """Where two models begin to differ, and which module is to blame.
 
     free      timm's model runs on the probe, and the output of every paired module is compared.
-    forced    it runs once more, and every paired module is given the reference's own input in place of what
-              reached it. What reaches a module and what leaves it is then the work of what lies between it and
-              the modules before it, and of nothing else: drift is gone, and a defect shows where it is.
+    forced    it runs once more, and what enters and leaves a paired module is compared, and then replaced by what
+              the reference has there. So each difference is made by one module, or between two, from nothing but
+              the reference's own values: drift is gone, and a defect shows where it is.
 
 Both are float64. A free error may be 1e-10. A forced one may be 64 units of rounding times the root of how many
 terms its sums have, or 8 times what a disturbance of all inputs in the last digits makes of it. What is wrong
@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from converters.ops import OpError
 from converters.verifier.compare import FLOAT64_BOUND
@@ -24,9 +26,6 @@ from converters.verifier.recording import Recording, Taps
 from converters.verifier.references.torch_modules import first_tensor
 from converters.verifier.taps import Pair
 from converters.verifier.verdict import Tap, Unchecked
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["compare_taps"]
 
@@ -140,8 +139,6 @@ class _Trial:
         self, *, force: bool = False, disturb: bool = False, near: set[Place] | None = None, keep: Any = None
     ) -> Measures:
         """One forward pass, watched; what lies at the places `near` is kept."""
-        import torch
-
         modules = dict(self.model.named_modules())
         watches = [
             _Watch(pair, modules[pair.target], self.taps, force, disturb, near or set(), keep)
@@ -189,20 +186,28 @@ class _Watch:
         self.calls += 1
         if self.calls > 1 or not self.force:
             return None
-        right = self._right("input", self.pair.source)
-        if self._measure("input", args[0] if args else None, right):
-            return None
-        given = as_timm(self.pair, right, args[0])
-        return (self._disturbed(given) if self.disturb else given, *args[1:])
+        given = self._replaced("input", self.pair.source, args[0] if args else None)
+        return None if given is None else (given, *args[1:])
 
-    def leave(self, _module: Any, _args: Any, output: Any) -> None:
-        if self.calls == 1:
-            self._measure("output", first_tensor(output), self._right("output", self.pair.output))
+    def leave(self, _module: Any, _args: Any, output: Any) -> Any:
+        if self.calls > 1:
+            return None
+        given = self._replaced("output", self.pair.output, first_tensor(output))
+        return given if isinstance(output, torch.Tensor) else None
+
+    def _replaced(self, kind: str, name: str, tensor: Any) -> torch.Tensor | None:
+        """Compare a tensor with what the reference has there; that, if it is to take its place."""
+        right, place = self._right(kind, name), (self.pair.target, kind)
+        self.found[place] = found = _compare(self.pair, self.module, kind, tensor, right)
+        if place in self.near:
+            self.keep[place] = tensor.clone()
+        if isinstance(found, str) or not self.force:
+            return None
+        given = as_timm(self.pair, right, tensor)
+        return _disturbed(given) if self.disturb else given
 
     def _right(self, kind: str, name: str) -> Any:
         """What the reference has there, its channels in timm's order; or why it has nothing."""
-        import torch
-
         number = (self.taps.inputs if kind == "input" else self.taps.outputs).get(name)
         if number is not None:
             return reordered(torch.from_numpy(self.taps.read(number).copy()), self.pair, self.module, kind)
@@ -210,26 +215,8 @@ class _Watch:
             return "the recording had no room for it"
         return f"the reference runs no {name}, or its {kind} is no tensor"
 
-    def _measure(self, kind: str, tensor: Any, right: Any) -> str | None:
-        """Measure what there is, or say why not."""
-        found = _compare(self.pair, self.module, kind, tensor, right)
-        place = self.pair.target, kind
-        self.found[place] = found
-        if place in self.near:
-            self.keep[place] = tensor.clone()
-        return found if isinstance(found, str) else None
-
-    def _disturbed(self, tensor: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        generator = torch.Generator().manual_seed(self.taps.inputs[self.pair.source])
-        signs = 2 * torch.randint(0, 2, tensor.shape, generator=generator) - 1
-        return tensor * (1 + DISTURBANCE * signs)
-
 
 def _compare(pair: Pair, module: Any, kind: str, tensor: Any, right: Any) -> _Measure | str:
-    import torch
-
     if isinstance(right, str):
         return right
     if not isinstance(tensor, torch.Tensor):
@@ -249,9 +236,12 @@ def _compare(pair: Pair, module: Any, kind: str, tensor: Any, right: Any) -> _Me
     return _Measure(_share(float(worst.max()), scale), terms, channels)
 
 
-def _is_linear(module: Any) -> bool:
-    import torch
+def _disturbed(tensor: torch.Tensor) -> torch.Tensor:
+    signs = 2 * torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(0)) - 1
+    return tensor * (1 + DISTURBANCE * signs.to(tensor.dtype))
 
+
+def _is_linear(module: Any) -> bool:
     return isinstance(module, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))
 
 

@@ -185,6 +185,7 @@ class Verdict:
             "verification": 1,
             "passed": self.passed,
             "outcome": self.outcome,
+            "summary": str(self),
             "precision": self.precision,
             "warnings": self.warnings,
             "reference": self.reference,

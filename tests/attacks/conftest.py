@@ -15,19 +15,19 @@ Outcomes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def watch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, Callable[[], bytes]]], Outcomes]:
-    """What becomes of files of these contents, by name, when a child that watches opens them; see watched.py."""
+def watch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, Callable[[Path], object]]], Outcomes]:
+    """What becomes of checkpoints, each written by a function, when a child that watches opens them; see watched.py."""
     here = Path(__file__).parent
 
-    def run(contents: Mapping[str, Callable[[], bytes]]) -> Outcomes:
+    def run(writers: Mapping[str, Callable[[Path], object]]) -> Outcomes:
         folder = tmp_path_factory.mktemp("attacks")
-        files = [folder / f"{number}.bin" for number in range(len(contents))]
-        for file, make in zip(files, contents.values(), strict=True):
-            file.write_bytes(make())
+        files = [folder / str(number) for number in range(len(writers))]
+        for file, write in zip(files, writers.values(), strict=True):
+            write(file)
         command = [sys.executable, here / "watched.py", here.parents[1], *files]
         child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=folder)
         assert sorted(folder.iterdir()) == sorted(files)
-        return dict(zip(contents, json.loads(child.stdout).values(), strict=True))
+        return dict(zip(writers, json.loads(child.stdout).values(), strict=True))
 
     return run
 

@@ -105,7 +105,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.fixture(scope="module")
 def outcomes(watch: Callable[..., Any]) -> dict[str, dict[str, Any]]:
-    return watch({name: make for name, (make, _) in ATTACKS.items()})
+    return watch({name: lambda file, make=make: file.write_bytes(make()) for name, (make, _) in ATTACKS.items()})
 
 
 @pytest.mark.parametrize("name", ATTACKS)

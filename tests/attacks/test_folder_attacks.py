@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from converters.errors import ConverterError
 from converters.readers import open_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 WEIGHTS = {"w": torch.arange(64.0), "v": torch.ones(3)}
 SOUND = {name: tensor.numpy().tobytes() for name, tensor in WEIGHTS.items()}
 INDEX = "model.safetensors.index.json"

@@ -171,9 +171,20 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+def test_parts_that_would_join_to_gigabytes_are_left_as_they_are(tmp_path: Path) -> None:
+    one = proto((5, SIX[:4]), shape=(16 << 20,))
+    parts = [b"w/part_%d" % number for number in range(200)]
+    nodes = [node(name, b"Const", value=one) for name in parts]
+    axis = node(b"axis", b"Const", value=proto((7, b"\0"), shape=(), dtype=3))
+    (tmp_path / "g").write_bytes(graph(*nodes, axis, node(b"w", b"ConcatV2", *parts, b"axis")))
+    tensors = open_checkpoint(tmp_path / "g").tensors
+    assert [name.encode() for name in tensors] == parts
+    assert len(tensors["w/part_0"].read()) == 64 << 20
+
+
 @pytest.fixture(scope="module")
 def outcomes(watch: Callable[..., Any]) -> dict[str, dict[str, Any]]:
-    return watch({name: make for name, (make, _) in ATTACKS.items()})
+    return watch({name: lambda file, make=make: file.write_bytes(make()) for name, (make, _) in ATTACKS.items()})
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -48,7 +48,8 @@ def run(path, open_checkpoint, refusal):
 def main(root, *files):
     global current
     sys.path.insert(0, root)
-    import_module("numpy")
+    for library in ("numpy", "google_crc32c"):
+        import_module(library)
     readers = import_module("converters.readers")
     for module in (*readers.READERS, "wrappers"):
         import_module(f"converters.readers.{module}")

@@ -111,9 +111,48 @@ def test_a_family_computes_its_references_function(case: str, tmp_path: Path) ->
     document = command("convert", source, "-o", tmp_path / "out", *size)
     assert (document["family"], document["target"]["architecture"]) == (family, target)
     assert document["target"]["args"] == args
-    verdict = command("verify", tmp_path / "out", "--source", source)
+    if case in FAULTS:
+        recording = tmp_path / "recording.npz"
+        verdict = json.loads(verify(tmp_path / "out", source, keep=recording).to_json())
+    else:
+        verdict = command("verify", tmp_path / "out", "--source", source)
     assert verdict["passed"] and verdict["precision"] == "float64", verdict
     assert not verdict["warnings"]
+    check_inside(verdict, document["modules"], alone=4 if spec["framework"] == "keras" else 0)
+    if case in FAULTS:
+        name, *found = FAULTS[case]
+        damage(tmp_path / "out", name)
+        after = verify(tmp_path / "out", source, reference=str(recording))
+        faulty = [tap.target for tap in after.taps if tap.local_passed is False]
+        assert not after.passed and after.first_divergence
+        assert [after.first_divergence.target, after.culprit, *faulty] == [*found, found[-1]]
+
+
+def check_inside(verdict: Any, modules: Any, alone: int) -> None:
+    """Every pair is compared. Keras pads before some convolutions, in layers of their own, so that those of timm
+    take another input and cannot be given the reference's."""
+    assert {tap["target"] for tap in verdict["taps"]} == modules.keys() and verdict["unchecked"] == []
+    assert verdict["first_divergence"] is verdict["culprit"] is None and verdict["audit"] == []
+    assert max(tap["error"] for tap in verdict["taps"]) < 1e-12
+    unforced = [tap for tap in verdict["taps"] if tap["local_passed"] is None]
+    assert len(unforced) == alone and all("its input is (2, " in tap["reason"] for tap in unforced)
+    assert all(tap["local_passed"] for tap in verdict["taps"] if tap not in unforced)
+
+
+FAULTS = {  # case: the tensor whose first two rows are exchanged, the first module that differs, the one to blame
+    "mmdet swin in a detector, after training with EMA": (
+        "layers.2.blocks.3.attn.relative_position_bias_table",
+        "layers.2.blocks.3.attn.proj",  # the first whose output shows it
+        "layers.2.blocks.3.attn",
+    ),
+    "keras classifier": ("blocks.4.1.conv_pwl.weight", "blocks.4.1.conv_pwl", "blocks.4.1.conv_pwl"),
+}
+
+
+def damage(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][[0, 1]] = tensors[name][[1, 0]]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_a_corrupted_conversion_fails(tmp_path: Path) -> None:
@@ -121,13 +160,11 @@ def test_a_corrupted_conversion_fails(tmp_path: Path) -> None:
     spec = CASES["mmdet resnet in a detector"][0]
     source = write_checkpoint(spec, tmp_path / "source.pth")
     command("convert", source, "-o", tmp_path / "out")
-    weights = tmp_path / "out" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["layer3.0.conv2.weight"][[0, 1]] = tensors["layer3.0.conv2.weight"][[1, 0]]
-    save_file(tensors, weights, metadata={"format": "pt"})
+    damage(tmp_path / "out", "layer3.0.conv2.weight")
     verdict = command("verify", tmp_path / "out", "--source", source, code=3)
     failed = {one["output"] for one in verdict["comparisons"] if not one["passed"]}
-    assert failed == {"features.3", "features.4"}
+    assert failed == {"features.3", "features.4", "forward_features"}
+    assert verdict["first_divergence"]["target"] == verdict["culprit"] == "layer3.0.conv2"
 
 
 def test_tensorflow_efficientnet_takes_its_averaged_weights(tmp_path: Path) -> None:

@@ -102,14 +102,6 @@ def test_without_the_parts_the_module_is_read(tmp_path: Path) -> None:
     assert found.notes == ("the float32 weights are not there; these are the module's copies",)
 
 
-def test_shapes_of_one_group(tmp_path: Path) -> None:
-    """Older versions have a dict, not a list of dicts."""
-    write(tmp_path, 1, param_shapes=GROUPS[0])
-    found = open_checkpoint(tmp_path)
-    assert found.tensors["fc.weight"].read() == from_torch(masters()["fc.weight"])
-    assert found.specs["fc.bias"].dtype == "bfloat16"
-
-
 def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def run(folder: Path) -> None:
         path = next((folder / TAG).glob(f"*{name}*"))
@@ -160,6 +152,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown weight": (
         edit("model_states", lambda state: state.update(param_shapes=[{"x": (4, 3, 3), "y": (5, 7)}, GROUPS[1]])),
         r"x: has the shape \(4, 3, 3\) in param_shapes, but not in the module",
+    ),
+    "fewer shapes": (
+        edit("model_states", lambda state: state.update(param_shapes=[GROUPS[0]])),
+        "its param_shapes make no sense; run its zero_to_fp32.py",
     ),
     "negative shapes": (
         edit("model_states", lambda state: state.update(param_shapes=[{"x": (-4, -3)}])),

@@ -113,6 +113,12 @@ def test_metrics_are_set_aside(tmp_path: Path) -> None:
     assert checkpoint.set_aside == {"keras_api/**": "what metrics have counted"}
 
 
+def test_a_graph_beside_a_bundle_stands_for_the_bundle(forms: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(forms / "module", tmp_path / "m")
+    (tmp_path / "m" / "ckpt-2.meta").write_bytes(b"\n")
+    assert tensors(tmp_path / "m" / "ckpt-2.meta") == expected["module"]
+
+
 def test_a_prefix_opens_as_a_state_dict(forms: Path) -> None:
     checkpoint = open_checkpoint(forms / "saver" / "model.ckpt-7")
     assert checkpoint.format == "TensorFlow checkpoint"

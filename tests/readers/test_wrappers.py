@@ -259,8 +259,17 @@ def test_a_key_may_be_a_prefix_of_names(tree: dict[str, Any], key: str, mark: st
     assert [value.spec.name for value in found.tensors.values()] == NAMES
 
 
+def test_a_prefix_of_both_raw_and_averaged_weights() -> None:
+    tree = {"model": weights("raw", "backbone."), "model_ema": {**weights("averaged", "backbone."), "head.w": tensor()}}
+    for ema, mark, wrapper in [(None, "averaged", "model_ema"), (False, "raw", "model")]:
+        found = unwrap(tree, FILE, key="backbone", ema=ema)
+        assert (marks(found), found.wrappers) == ({mark}, (wrapper, "backbone"))
+
+
 def test_what_a_prefix_leaves_is_set_aside() -> None:
     beside = "lies beside the state dict"
+    tree = {**weights(prefix="module.net."), "n_averaged": tensor()}
+    assert unwrap(tree, FILE, key="module.net").set_aside == {"n_averaged": "averaging counter"}
     assert unwrap(MOCO, FILE, key="encoder_q").set_aside == {"encoder_k.**": beside, "queue": beside}
     assert unwrap(DINO, FILE, key="teacher.backbone").set_aside == {
         "student.**": beside,

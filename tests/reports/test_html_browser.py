@@ -19,10 +19,10 @@ from converters.reports.html import render_html
 pytestmark = pytest.mark.browser
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-extensions"
-).split()
-HOSTILE = "<script>alert(1)</script>\"><img src=//localhost/x onerror=alert(1)>" + "\u202e\x1b[31m" + "x" * 500
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
+)
+HOSTILE = '<script>alert(1)</script>"><img src=//localhost/x onerror=alert(1)>' + "\u202e\x1b[31m" + "x" * 500
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +94,15 @@ for (const one of document.querySelectorAll("body *")) {
 return [document.documentElement.scrollWidth - limit, wide];
 """
 CONTRAST = """
-const light = (c) => {
-  const [r, g, b] = c.match(/[0-9.]+/g).map((v) => v / 255).map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+const linear = (v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+const light = (colour) => {
+  const [r, g, b] = colour.match(/[0-9.]+/g).map((v) => linear(v / 255));
   return .2126 * r + .7152 * g + .0722 * b + .05;
 };
 const paper = light(getComputedStyle(document.body).backgroundColor), found = {};
 for (const one of document.querySelectorAll("body *")) {
-  if (![...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) || one.matches("title, desc")) continue;
+  const words = [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  if (!words || one.matches("title, desc")) continue;
   const style = getComputedStyle(one), ink = light(one.closest("svg") ? style.fill : style.color);
   found[one.tagName + "." + (one.getAttribute("class") || "")] = Math.max(ink, paper) / Math.min(ink, paper);
 }
@@ -110,11 +112,11 @@ return found;
 
 def test_what_is_on_the_page(show, failing):
     browser = show(render_html(read_dossier(failing)))
-    assert seen(browser, "#verdict") == "Failed: logits on digits: error 3.2e-02 where 1.0e-10 is allowed (sample 3)"
+    verdict = seen(browser, "#verdict")
+    assert verdict.startswith("Failed: not the same function: logits on digits: error 3.2e-02 where 1.0e-10 is allowed")
     assert seen(browser, "#culprit") == "blocks.2.0.conv_pw"
     assert browser.title == "Failed: mobilenet"
     assert len(elements(browser, "#mutant-table tbody tr")) == 5
-    assert [row.text.split()[-2] for row in elements(browser, "#mutant-table tbody tr")][:2] == ["not", "41,000×"]
     plan = json.loads((failing / "conversion.json").read_text("utf-8"))
     counts = [int(fold.text) for fold in elements(browser, ".folds .fold:not(.heads) > :first-child")]
     assert sum(counts) == len(plan["tensors"]) == 314
@@ -127,8 +129,8 @@ def test_the_chart_has_its_points_in_its_frame(show, failing):
     (chart,) = elements(browser, "svg.depth")
     frame = chart.rect
     assert chart.is_displayed() and frame["height"] > 300 and chart.accessible_name.startswith("Errors of 105 modules")
-    for selector, count in (("circle.error", 105), ("path.local", 105), ("circle.error.bad", 85), ("path.local.bad", 1)):
-        assert len(elements(chart, selector)) == count
+    counts = {"circle.error": 105, "path.local": 105, "circle.error.bad": 85, "path.local.bad": 1}
+    assert {selector: len(elements(chart, selector)) for selector in counts} == counts
     boxes = browser.execute_script(
         "return [...arguments[0].querySelectorAll('circle, path.local, text')].map(one => one.getBoundingClientRect())",
         chart,
@@ -164,7 +166,7 @@ def test_nothing_runs_over_the_edge(show, failing, change, width, hostile):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("kind", ["passing", "failing"])
+@pytest.mark.parametrize("kind", ["passing", "unproven", "failing"])
 def test_text_stands_out_from_the_paper(show, kind, scheme, request):
     """Level AA of the accessibility guidelines."""
     browser = show(render_html(read_dossier(request.getfixturevalue(kind))), scheme=scheme)
@@ -214,7 +216,7 @@ def spoil(folder: Path, change: Callable[..., None]) -> None:
         for key in ("output", "probe", "source", "target", "reason", "tensor"):
             if one.get(key):
                 one[key] = HOSTILE + one[key]
-    found |= {"culprit": HOSTILE, "warnings": [HOSTILE], "target": {HOSTILE: HOSTILE}}
+    found |= {"summary": HOSTILE, "culprit": HOSTILE, "warnings": [HOSTILE], "target": {HOSTILE: HOSTILE}}
     change(folder, **found)
     tensors = {f"{HOSTILE}.{k}.w": {"from": [f"{HOSTILE}.{k}/kernel"], "ops": HOSTILE} for k in range(5)}
     texts = {"tensors": tensors, "drops": {HOSTILE: HOSTILE}, "caveats": [HOSTILE], "family": HOSTILE}

@@ -89,6 +89,23 @@ def converted(tmp_path_factory, write_checkpoint) -> Converted:
     return Converted(CLASSIFIER, source, write_folder(work / "folder", source, BLOCK), job / "recording.npz")
 
 
+@pytest.fixture(scope="session")
+def tapped(tmp_path_factory, converted) -> Converted:
+    """The same checkpoint through the converter, and a recording that looks into the reference's modules."""
+    from converters.conversion import convert
+
+    work = tmp_path_factory.mktemp("tapped")
+    record = convert(converted.source, work / "folder", img_size=64).record
+    (work / "job").mkdir()
+    taps = {"inputs": [row["from"] for row in record["modules"].values()]}
+    taps["outputs"] = taps["inputs"]
+    job = {**record["reference"], "source": {"file": str(converted.source)}, "taps": taps}
+    (work / "job" / "job.json").write_text(json.dumps(job))
+    np.savez(work / "job" / "inputs.npz", normal=probes((3, 64, 64))["normal"])
+    subprocess.run([sys.executable, REFERENCES, work / "job"], check=True, capture_output=True)
+    return Converted(CLASSIFIER, converted.source, work / "folder", work / "job" / "recording.npz")
+
+
 @pytest.fixture
 def folder(converted, tmp_path) -> Path:
     """A copy of the emitted folder to spoil."""

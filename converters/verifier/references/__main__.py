@@ -109,9 +109,13 @@ def _do(job: dict[str, Any], folder: str) -> dict[str, Any]:
     """A recording, or what the job's task gives: a function of that name in a module beside this one."""
     if "task" not in job:
         path = os.path.join(folder, "recording.npz")
-        with zipfile.ZipFile(path + ".part", "w") as archive:
-            about = _record(job, folder, archive)
-        os.replace(path + ".part", path)
+        try:
+            with zipfile.ZipFile(path + ".part", "w") as archive:
+                about = _record(job, folder, archive)
+            os.replace(path + ".part", path)
+        finally:
+            if os.path.exists(path + ".part"):
+                os.remove(path + ".part")
         return about
     return getattr(importlib.import_module(TASKS[job["task"]]), job["task"])(job, _find_runner)
 
@@ -166,7 +170,7 @@ def _record(job: dict[str, Any], folder: str, recording: zipfile.ZipFile) -> dic
     about: dict[str, Any] = {
         "recording": 1,
         "runner": job["runner"],
-        "model": job["config"] if job.get("model") is None else job["model"],
+        "model": _without_folders(job["config"] if job.get("model") is None else job["model"]),
         "ops": {name: text.partition("|")[2].strip() for name, text in job["outputs"].items() if "|" in text},
         "input": job.get("input", ""),
         "source": {
@@ -206,6 +210,13 @@ def _record(job: dict[str, Any], folder: str, recording: zipfile.ZipFile) -> dic
     for name, array in arrays.items():
         save(recording, name, array)
     return about
+
+
+def _without_folders(model: Any) -> Any:
+    """A model's block whose paths are names, so that a recording tells nothing of where it was made."""
+    if isinstance(model, dict):
+        return {key: _without_folders(value) for key, value in model.items()}
+    return os.path.basename(model) if isinstance(model, str) and os.path.isabs(model) else model
 
 
 def _environment() -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Findings, by the lines of the file; the text of each family starts at line 4 (see conftest.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from converters.lint import lint_closings, lint_file
+from converters.mapping import find_mappings, load_mapping
+from converters.plan import Plan, make_plan, route
+from converters.target import Skeleton
+from converters.verifier.references.__main__ import RUNNERS
+
+REFERENCE = "reference:\n  runner: {}\n  model: {}\n  outputs: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("rules:\n  a.{i}.b: c.{i}\n  a.{j}.b: d.{j}\n", 6, "`a.{j}.b` ties with line 5 on `a.0.b`"),
+        ("rules:\n  stem*: x\n  '{*}stem': y\n", 6, "`{*}stem` ties with line 5 on `stem`"),
+        ("rules: {}\nfill:\n  '**.bias': 0\n  '**.{b|bias}': 1\n", None, ""),
+        ("rules: {}\nfill:\n  '**.bias': 0\n  '*.*.bias': 1\n", None, ""),
+        ("rules:\n  head: fc\ndrop:\n  head: not wanted\n", 7, "`head` ties with line 5 on `head`"),
+        ("rules:\n  layer{s}: a\n  layer0: b\n  layer{s}.0: c\n", None, ""),
+        ("rules: {}\n" + REFERENCE.format("mmdetection", "{}", "{logits: '0'}"), 6, "no runner is called `mmdetection`"),
+        ("rules: {}\n" + REFERENCE.format("mmdet", "{}", "{features: '0'}"), 8, "timm has no output `features`"),
+        (
+            "rules: {}\n" + REFERENCE.format("mmdet", "{depth: $deth, a: [$img_size]}", "{logits: '0'}"),
+            7,
+            "`$deth` is no value of any target, and is left out",
+        ),
+        ("rules: {}\nreference:\n  - {runner: one, model: {}, outputs: {}}\n", 6, "no runner is called `one`"),
+        ("rules: {}\ntarget_args: {pad: 1}\n", 1, "timm's resnet18 does not take pad=1"),
+    ],
+)
+def test_what_the_file_alone_shows(family, text: str, line: int | None, words: str) -> None:
+    findings = lint_file(family(text), RUNNERS)
+    assert [finding.line for finding in findings] == ([line] if line else [])
+    assert all(words in finding.problem and finding.severity == "error" for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"), [("resnet19", "timm {} has no model `resnet19`; did you mean"), ("resnet18", None)]
+)
+def test_targets_that_timm_lacks(family, head: str, words: str | None) -> None:
+    import timm
+
+    findings = lint_file(family("rules: {}\n", f"targets:\n  {head}:\ndetect: ['*']\nleaves: torch\n"), RUNNERS)
+    assert [finding.line for finding in findings] == ([2] if words else [])
+    assert not words or findings[0].problem.startswith(words.format(timm.__version__))
+
+
+@pytest.mark.parametrize(
+    ("text", "severity", "line", "words"),
+    [
+        ("rules:\n  a: x\n  b: y\n", "warning", 6, "rule `b` takes nothing from the references' checkpoints"),
+        ("rules:\n  a: x\ndrop:\n  a.w: why\n  z: why\n", "warning", 8, "drop `z` takes nothing"),
+        ("rules:\n  a: x\nfill:\n  '**.n': 0\n  y.w: 0\n", "warning", 7, "fill `**.n: 0` is needed by no target"),
+        ("rules:\n  a.w: x.w\n  a: x\n  a.v: x.w\n", "warning", 6, "rule `a` takes nothing"),
+        ("rules:\n  a: x\n  a.{*}: x.{*}\n", "error", 5, "rule `a` never wins: line 6 takes all that it matches"),
+        ("rules:\n  '{*}': x\n  '{*}.{l}': x.w\ntables:\n  l: {w: w, v: w}\n", None, 0, ""),
+    ],
+)
+def test_what_checkpoints_show(family, specs, text: str, severity: str | None, line: int, words: str) -> None:
+    mapping = family(text)
+    sources = specs("a.w=2 a.v=2") if "a.v" in text or "table" in text else specs("a.w=2")
+    routes = route(mapping, sources)
+    plan = make_plan(mapping, routes, Skeleton("tiny", {}, specs("x.w=2 y.w=2" if "y.w" in text else "x.w=2"), None))
+    found = [one for one in lint_closings(mapping, [(routes, plan if isinstance(plan, Plan) else None)])]
+    found = [one for one in found if one.line == line or not severity]
+    if severity:
+        assert [(one.line, one.severity) for one in found] == [(line, severity)] and words in found[0].problem
+
+
+def test_detect_names_that_are_nowhere(family, specs) -> None:
+    head = "targets: {resnet18: }\ndetect:\n  - a\n  - [b, a.w]\nleaves: torch\n"
+    mapping = family("rules: {a: x}\n", head)
+    (finding,) = lint_closings(mapping, [(route(mapping, specs("a.w=2")), None)])
+    assert (finding.line, finding.severity) == (4, "warning") and "`b` is in none" in finding.problem
+
+
+@pytest.mark.parametrize("name", find_mappings())
+def test_what_ships_has_no_errors(name: str) -> None:
+    assert lint_file(load_mapping(name), RUNNERS) == []
