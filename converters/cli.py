@@ -27,7 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint: a file, a folder, or a TensorFlow prefix.")]
+Source = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A file, a folder, a TensorFlow prefix, or a URL: hf://ORG/REPO@REV/FILE.")
+]
 Key = Annotated[str | None, typer.Option(metavar="PATH", help="Where the state dict lies in the file: model.teacher")]
 Ema = Annotated[bool | None, typer.Option("--ema/--no-ema", help="Averaged or raw weights, where both are there.")]
 Reference = Annotated[
@@ -128,7 +130,7 @@ def convert(
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `convert` wrote.")],
-    source: Annotated[Path, typer.Option(metavar="CKPT", help="The checkpoint that it was converted from.")],
+    source: Annotated[str, typer.Option(metavar="CKPT", help="The checkpoint that it was converted from.")],
     reference: Reference = "auto",
     output: Output = None,
     reference_arg: ReferenceArg = None,
@@ -145,6 +147,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare a conversion with the source framework's own model; exit code 3 where they differ or it is unproven."""
+    from converters.readers.remote import fetch_path
     from converters.reports.terminal import show_verdict, status
     from converters.verifier import verify as verify_conversion
 
@@ -154,7 +157,7 @@ def verify(
         recording = Path(scratch) / "recording.npz"
         verdict = verify_conversion(
             directory,
-            source,
+            fetch_path(source),
             reference=reference,
             outputs=output or (),
             args=dict(map(_argument, reference_arg or [])),
@@ -211,10 +214,12 @@ def record(
     as_json: Json = False,
 ) -> None:
     """Write what the source framework's own model gives, for a later `verify --reference RECORDING`."""
+    from converters.readers.remote import fetch_path
     from converters.reports.terminal import show_recording, show_worker, status
 
     if (out is None) == (worker is None):
         raise typer.BadParameter("say where to with either -o RECORDING.npz or --worker DIR")
+    source = fetch_path(ckpt)
     if conversion:
         from converters.verifier.subject import read_subject
 
@@ -223,21 +228,21 @@ def record(
         from converters.conversion import plan_subject
 
         args = dict(map(_argument, arg or []))
-        subject = plan_subject(ckpt, family=family, target=to, args=args, key=key, ema=ema, img_size=img_size)
+        subject = plan_subject(source, family=family, target=to, args=args, key=key, ema=ema, img_size=img_size)
     from converters.verifier.record import record as record_reference
     from converters.verifier.record import write_worker
 
     asked: dict[str, Any] = {"reference": reference, "outputs": output or (), "trust": trust}
     asked["args"] = dict(map(_argument, reference_arg or []))
     if worker:
-        write_worker(subject, ckpt, worker, **asked)
+        write_worker(subject, source, worker, **asked)
         if as_json:
             _print_json({"worker": str(worker)})
         else:
-            show_worker(worker, ckpt)
+            show_worker(worker, source)
     elif out:
         with status() as tell:
-            recording = record_reference(subject, ckpt, out, python=python, timeout=timeout, progress=tell, **asked)
+            recording = record_reference(subject, source, out, python=python, timeout=timeout, progress=tell, **asked)
         if as_json:
             _print_json({**recording.about, "path": str(out)})
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.errors import CheckpointError, NotExpressible, OutputError, PlanError
 from converters.readers import Checkpoint, open_checkpoint
+from converters.readers.files import is_url
 
 if TYPE_CHECKING:
     from converters.plan import Plan
@@ -63,7 +64,7 @@ def convert(
     timm's, on top of the mapping's own; `img_size` in pixels; without `allow_deviation` a family that timm
     computes only nearly is refused. Raises ConverterError; then nothing is left at `directory`.
     """
-    checkpoint = open_checkpoint(source, key=key, ema=ema)
+    checkpoint = open_checkpoint(_fetch(source, progress) if not dry_run or expect_sha256 else source, key=key, ema=ema)
     with ThreadPoolExecutor(1) as background:
         wanted = not dry_run or expect_sha256
         digest = background.submit(checkpoint.sha256) if wanted else None  # while timm is imported
@@ -74,7 +75,7 @@ def convert(
         plan = find_plan(checkpoint, family=family, target=target, args=args)
         record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema)
         if digest and expect_sha256 and expect_sha256.lower() != digest.result():
-            raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=source)
+            raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=checkpoint.path)
         if dry_run or digest is None:
             return Conversion(checkpoint, plan, None, record)
         if any(file.path.resolve().is_relative_to(Path(directory).resolve()) for file in checkpoint.files):
@@ -82,12 +83,21 @@ def convert(
         if record["deviation"] and not allow_deviation:
             reasons = "; ".join(f"{one['reason']} (within {one['bound']:g})" for one in record["deviation"])
             problem = f"is of {plan.mapping.name}, which timm computes only nearly: {reasons}"
-            raise NotExpressible(problem, file=source, cure="pass --allow-deviation to have it so")
+            raise NotExpressible(problem, file=checkpoint.path, cure="pass --allow-deviation to have it so")
         with new_folder(Path(directory), overwrite) as folder:
             write_tensors(plan, checkpoint, folder / "model.safetensors", dtype=dtype, progress=progress)
             record["source"]["sha256"] = digest.result()
             write_description(plan, record, folder)
     return Conversion(checkpoint, plan, Path(directory), record)
+
+
+def _fetch(source: str | os.PathLike[str], progress: Progress | None) -> str | os.PathLike[str]:
+    """A source that lies elsewhere, brought here whole; any other as it is."""
+    if not is_url(source):
+        return source
+    from converters.readers.remote import fetch
+
+    return fetch(os.fspath(source), progress)
 
 
 def plan_subject(

@@ -43,6 +43,7 @@ def describe(
         "conversion": 1,
         "source": {
             "name": checkpoint.path.name,
+            **({"url": checkpoint.url} if checkpoint.url else {}),
             "format": checkpoint.format,
             "writer": checkpoint.writer,
             "integrity": checkpoint.integrity,

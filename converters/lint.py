@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from converters.errors import TargetError
@@ -23,6 +23,7 @@ __all__ = ["Finding", "lint_closings", "lint_file"]
 OUTPUT = re.compile(r"logits|forward_features|pre_logits|features\.[0-9]{1,3}")
 GIVEN = {"num_classes", "num_features", "in_chans", "img_size"}  # what `$name` can be besides a target's own values
 NUMBERS = ("0", "1", "10")  # that stand for a captured one
+MOST = 200  # examples of a pattern
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,10 @@ def _examples(pattern: Pattern) -> Iterator[str]:
         elif inside in pattern.tables:
             ways[2 * index + 1] = list(pattern.tables[inside])
         else:
-            ways[2 * index + 1] = ["x"] if "*" in inside else NUMBERS
-    for parts in list(product(*ways))[:100]:
-        yield "".join(parts)
+            ways[2 * index + 1] = ["x", ""] if "*" in inside else NUMBERS
+    for name in map("".join, islice(product(*ways), MOST)):
+        if all(split(name)):
+            yield name
 
 
 def _unused_rows(mapping: Mapping, routes: Sequence[Route]) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from converters.errors import UnknownFormat
-from converters.readers.files import SourceFile
+from converters.readers.files import SourceFile, is_url
 from converters.tensors import LazyTensor, TensorSpec
 
 __all__ = ["READERS", "Checkpoint", "Contents", "Reader", "open_checkpoint"]
@@ -68,6 +68,11 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what a person should know of the weights, e.g. that they were dequantized
 
     @property
+    def url(self) -> str | None:
+        """Where a remote source lies, without credentials and query."""
+        return getattr(self.path, "url", None)
+
+    @property
     def specs(self) -> dict[str, TensorSpec]:
         return {name: tensor.spec for name, tensor in self.tensors.items()}
 
@@ -86,7 +91,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None, ema: bool | None = None) -> Checkpoint:
-    """Open whatever lies at `path` and find the state dict in it.
+    """Open whatever lies at `path`, or behind a URL, and find the state dict in it.
 
     `key` is the path of a nested state dict ("model", "teacher.backbone"), whose end may be what names begin
     with; `ema` asks for the averaged
@@ -95,7 +100,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None, ema
     """
     from converters.readers.wrappers import unwrap
 
-    path = Path(path)
+    path = _locate(path)
     reader = _find_reader(path)
     contents = reader.read(path)
     found = unwrap(contents.tree, path, key=key, ema=ema)
@@ -109,8 +114,19 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None, ema
         files=contents.files,
         integrity=contents.integrity,
         writer=contents.writer,
-        notes=(*contents.notes, *found.notes),
+        notes=(*contents.notes, *found.notes, *filter(None, (getattr(path, "note", ""),))),
     )
+
+
+def _locate(source: str | os.PathLike[str]) -> Path:
+    """The path, or what is one to readers."""
+    if hasattr(source, "source_file"):
+        return cast(Path, source)
+    if is_url(source):
+        from converters.readers.remote import open_remote
+
+        return cast(Path, open_remote(os.fspath(source)))
+    return Path(source)
 
 
 def _find_reader(path: Path) -> Reader:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converters.errors import CheckpointError, DamagedCheckpoint
 
-__all__ = ["SourceFile", "Window"]
+__all__ = ["SourceFile", "Window", "is_url", "refuse_neighbour"]
 
 CHUNK = 8 << 20
 HUGE = 4 << 20
@@ -24,10 +24,15 @@ class SourceFile:
     """A regular file, open for reading at any offset.
 
     Raises CheckpointError when the path is missing, unreadable, or not a regular file (a pipe or a device
-    would block or never end).
+    would block or never end). A path of another kind (`RemotePath`) says in `source_file` which subclass reads it.
     """
 
+    def __new__(cls, path: str | os.PathLike[str]) -> SourceFile:
+        return object.__new__(getattr(path, "source_file", cls))
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if "://" in os.fspath(path):
+            raise refuse_neighbour(path)
         self.path = Path(path)
         try:
             self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
@@ -52,13 +57,16 @@ class SourceFile:
         buffer, done = _fresh(nbytes), 0
         while done < nbytes:
             try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+                count = self._read_into(buffer[done:], offset + done)
             except OSError as error:
                 raise CheckpointError(_why(error), file=self.path, tensor=tensor) from error
             if count == 0:
                 raise CheckpointError("became shorter while it was read", file=self.path, tensor=tensor)
             done += count
         return buffer
+
+    def _read_into(self, buffer: memoryview, offset: int) -> int:
+        return os.preadv(self._fd, [buffer], offset)
 
     def copy(self, offset: int, nbytes: int, tensor: str, file: int, at: int) -> None:
         """Copy bytes to an open file without bringing them into memory, where the system can."""
@@ -86,7 +94,7 @@ class SourceFile:
         digest, buffer, offset = hashlib.sha256(), memoryview(bytearray(CHUNK)), 0
         expected = deque(sorted((start, *rest) for start, rest in self._crcs.items()))
         crc = 0
-        while count := os.preadv(self._fd, [buffer], offset):
+        while count := self._read_into(buffer, offset):
             digest.update(buffer[:count])
             while expected and expected[0][0] < offset + count:
                 start, nbytes, wanted, tensor = expected[0]
@@ -148,6 +156,21 @@ class Window:
     def expect(self, offset: int, nbytes: int, crc: int, tensor: str) -> None:
         """As `SourceFile.expect`, for bytes of this stretch."""
         self.file.expect(self.start + offset, nbytes, crc, tensor)
+
+
+def is_url(source: str | os.PathLike[str]) -> bool:
+    """Whether this is the text of a URL.
+
+    >>> is_url("hf://org/repo/model.pth"), is_url("C:/model.pth")
+    (True, False)
+    """
+    return isinstance(source, str) and "://" in source
+
+
+def refuse_neighbour(url: str | os.PathLike[str]) -> CheckpointError:
+    """Of a remote source only the file that the user named is opened."""
+    problem = "lies beside the one file that was named, and is not opened"
+    return CheckpointError(problem, file=url, cure="fetch the folder and give its path")
 
 
 def _fresh(nbytes: int) -> memoryview:

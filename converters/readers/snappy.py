@@ -19,7 +19,7 @@ MOST = 32  # times its size that a block can grow: a copy of 64 bytes takes 3
 def uncompress(block: memoryview | bytes) -> memoryview:
     r"""The bytes that were compressed. Raises Malformed.
 
-    >>> bytes(uncompress(b"\x09\x08abc\x09\x03\x00"))
+    >>> bytes(uncompress(b"\x09\x08abc\x09\x03"))
     b'abcabcabc'
     """
     size, at = varint(block, 0)
@@ -42,6 +42,8 @@ def uncompress(block: memoryview | bytes) -> memoryview:
         if not 0 <= start < len(out):
             raise Malformed(f"a copy goes back {distance} bytes from byte {len(out)}")
         out += (out[start : start + length] * (length // distance + 1))[:length]
-    if at != end or len(out) != size:
+    if at != end:
+        raise Malformed(f"a block of {end} bytes ends at byte {at}")
+    if len(out) != size:
         raise Malformed(f"a block uncompresses to {len(out)} bytes, not {size}")
     return memoryview(out)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from converters.reports.dossier import Mutant, Tap
 
@@ -24,7 +23,7 @@ BAR = 140.0
 
 @dataclass(frozen=True)
 class Point:
-    """A module in the depth chart, by the worst of its probes."""
+    """A module in the depth chart."""
 
     x: float
     y: float
@@ -106,32 +105,33 @@ class Bar:
 
 def depth_chart(taps: Iterable[Tap], divergence: Tap | None, culprit: str | None) -> DepthChart | None:
     """The chart of these taps; None where there are none."""
-    ordered = sorted(taps, key=lambda tap: tap.depth)
-    modules = [list(group) for _, group in groupby(ordered, key=lambda tap: (tap.depth, tap.target))]
+    modules = sorted(taps, key=lambda tap: tap.depth)
     if not modules:
         return None
-    figures = [figure for tap in ordered for figure in (tap.error, tap.local_error, tap.bound, tap.local_bound)]
-    low, high = _decades(figures)
+    shown = [tap.error for tap in modules] + [tap.local_error for tap in modules if tap.local_passed is not None]
+    low, high = _decades([*shown, *(tap.bound for tap in modules)])
+    zero, endless = 0.0 in shown, not all(map(_finite, shown))
+    every, decades = math.ceil(len(modules) / 16), math.ceil((high - low) / 9)
+    labels = [(float(f"1e{power}"), f"1e{power}") for power in range(low, high + 1, decades)]
+    labels += [(0.0, "0")] * zero + [(math.inf, "NaN")] * endless
+    low, high = low - zero, high + endless
     step = (WIDTH - LEFT - RIGHT) / len(modules)
     xs = [round(LEFT + (index + 0.5) * step, 1) for index in range(len(modules))]
 
     def y(value: float | None) -> float:
         return round(HEIGHT - BOTTOM - _height(value, low, high) * (HEIGHT - TOP - BOTTOM), 1)
 
-    errors, local = [], []
-    for x, group in zip(xs, modules, strict=True):
-        tap = max(group, key=lambda tap: (not tap.passed, _size(tap.error)))
-        errors.append(Point(x, y(tap.error), tap, tap.error, tap.passed))
-        forced = [tap for tap in group if tap.local_passed is not None]
-        if forced:
-            tap = max(forced, key=lambda tap: (not tap.local_passed, _size(tap.local_error)))
-            local.append(Point(x, y(tap.local_error), tap, tap.local_error, bool(tap.local_passed)))
-    every, decades = math.ceil(len(modules) / 16), math.ceil((high - low) / 9)
+    errors = [Point(x, y(tap.error), tap, tap.error, tap.passed) for x, tap in zip(xs, modules, strict=True)]
+    local = [
+        Point(x, y(tap.local_error), tap, tap.local_error, tap.local_passed)
+        for x, tap in zip(xs, modules, strict=True)
+        if tap.local_passed is not None
+    ]
     return DepthChart(
         tuple(errors),
         tuple(local),
-        _staircase([(x, y(point.tap.bound)) for x, point in zip(xs, errors, strict=True) if point.tap.bound], step),
-        tuple(Tick(y(10.0**power), f"1e{power}") for power in range(low, high + 1, decades)),
+        _staircase([(x, y(tap.bound)) for x, tap in zip(xs, modules, strict=True) if tap.bound], step),
+        tuple(Tick(y(value), label) for value, label in labels),
         tuple(Tick(x, str(index)) for index, x in enumerate(xs) if index % every == 0),
         next((point for point in errors if divergence and point.tap.target == divergence.target), None),
         next((point for point in local if point.tap.target == culprit), None),
@@ -187,9 +187,13 @@ def _decades(figures: Iterable[float | None]) -> tuple[int, int]:
 
 def _height(value: float | None, low: int, high: int) -> float:
     """Where a figure stands between floor (0) and ceiling (1)."""
-    if value is None or not math.isfinite(value):
+    if value is None or not _finite(value):
         return 1.0
     return min(max((math.log10(value) - low) / (high - low), 0.0), 1.0) if value > 0 else 0.0
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _size(value: float | None) -> float:

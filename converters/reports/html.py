@@ -198,12 +198,12 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 def _breakable(name: str) -> Markup:
     """A name, or several, that may go on in the next line behind a separator."""
-    return Markup(re.sub(r"([./,])(?=[A-Za-z{])", r"\1<wbr>", str(_prose(name))))
+    return Markup(re.sub(r"([./,])(?=[A-Za-z{])", r"\1<wbr>", str(escape(printable(name, 2000)))))
 
 
 def _prose(text: str) -> Markup:
-    """A sentence, which may be longer than a name."""
-    return escape(printable(text, 2000))
+    """A sentence, which may be longer than a name; no figure in it is torn apart at its sign."""
+    return Markup(re.sub(r"[0-9.]+e-[0-9]+", r'<span class="whole">\g<0></span>', str(escape(printable(text, 2000)))))
 
 
 def _shown(value: Any) -> Any:

@@ -43,6 +43,7 @@ def verify(
     python: str | None = None,
     trust: bool = False,
     timeout: float = 900.0,
+    memory: int | None = None,
     taps: bool = True,
     mutants: bool = False,
     images: str | os.PathLike[str] | None = None,
@@ -54,9 +55,10 @@ def verify(
     `reference` is None or "auto" for the one that the family's mapping names, the path of a recording (`.npz`), or
     another that choice.py lists, with `outputs` and `args` as it describes them. `python` is the interpreter that
     has the source framework. `trust` lets the framework execute whatever `source` or the reference's file holds.
-    The worker is ended after `timeout` seconds. Without `taps` the outputs are compared and no module inside.
-    With `mutants` a verdict that passes is put to the proof (see mutants.py). `images` is a folder of the user's
-    own, which become a probe. The recording is copied to `keep`. `progress` is told each step.
+    The worker is ended after `timeout` seconds and may take `memory` bytes of address space. Without `taps` the
+    outputs are compared and no module inside. With `mutants` a verdict that passes is put to the proof (see
+    mutants.py). `images` is a folder of the user's own, which become a probe. The recording is copied to `keep`.
+    `progress` is told each step.
 
     The verdict is also written to verification.json in the folder. Models that differ are a verdict, not an
     exception; ConverterError is raised when they could not be compared.
@@ -79,7 +81,8 @@ def verify(
         inputs = probes(subject.input_size, any_size=job.get("any_size", False))
         if images is not None:
             inputs |= image_probes(subject.directory, Path(images))
-        recording = run_reference(job, inputs, python=python, timeout=timeout, keep=Path(keep) if keep else None)
+        limits: dict[str, Any] = {"timeout": timeout, "memory": memory}
+        recording = run_reference(job, inputs, python=python, keep=Path(keep) if keep else None, **limits)
     if recording.about["source"]["sha256"] != subject.sha256:
         raise ReferenceFailed("ran with another checkpoint than the one that was converted", file=reference or source)
     tell("running the target")

@@ -85,6 +85,10 @@ def write_worker(
         part.replace(folder)
 
 
+def _inputs(subject: Subject, job: Mapping[str, Any]) -> dict[str, Any]:
+    return probes(subject.input_size, any_size=job.get("any_size", False))
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """Where to write what then becomes `path`; it is gone afterwards. Raises OutputError."""

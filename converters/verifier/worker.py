@@ -75,11 +75,11 @@ def _work(
     (folder / "job.json").write_text(json.dumps({**job, "limits": limits}), encoding="utf-8")
     code = _run([executable, str(REFERENCES), str(folder)], folder, timeout)
     who = f"the {job['runner']} reference"
+    cure = f"it may take {memory >> 20} MiB of memory" if memory else None
     if not (folder / "result.json").is_file():
-        raise ReferenceFailed(f"{who} {_how_it_ended(code, timeout, folder / 'log')}", file=source)
+        raise ReferenceFailed(f"{who} {_how_it_ended(code, timeout, folder / 'log')}", file=source, cure=cure)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if "error" in result:
-        cure = f"it may take {memory >> 20} MiB of memory" if memory else None
         if result["kind"] == "ModuleNotFoundError":
             cure = "name an interpreter that has it with --python"
         raise ReferenceFailed(f"{who}: {printable(result['error'], 500)}", file=source, cure=cure)

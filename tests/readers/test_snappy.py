@@ -73,13 +73,14 @@ def test_a_cut_or_a_flip_raises_nothing_else(compressed: dict[str, bytes]) -> No
     ("block", "words"),
     [
         (b"", "no number ends"),
-        (b"\x05\x10ab", "uncompresses to 2 bytes, not 5"),
+        (b"\x05\x10ab", "a block of 4 bytes ends at byte 7"),
+        (b"\x05\x04ab", "uncompresses to 2 bytes, not 5"),
         (b"\x01\x04ab", "uncompresses to 2 bytes, not 1"),
         (b"\x04\x01\x00", "goes back 0 bytes from byte 0"),
         (b"\x05\x00a\x01\x02", "goes back 2 bytes from byte 1"),
         (b"\x05\x00a\x01\x00", "goes back 0 bytes from byte 1"),
-        (b"\x05\x00a\x02\x01", "uncompresses to 2 bytes, not 5"),
-        (b"\x05\xfc\xff\xff\xff\xff", "uncompresses to 0 bytes"),
+        (b"\x05\x00a\x02\x01", "a block of 5 bytes ends at byte 6"),
+        (b"\x05\xfc\xff\xff\xff\xff", "a block of 6 bytes ends at byte"),
         (b"\xff\xff\xff\xff\x0f\x00a", "7 bytes do not uncompress to 4294967295"),
     ],
 )

@@ -104,30 +104,28 @@ def failing(folder, change) -> Path:
 
 
 def taps(folder: Path, culprit: int | None) -> list[dict[str, Any]]:
-    """Two probes through every module that has tensors."""
+    """Every module that has tensors."""
     tensors = json.loads((folder / "conversion.json").read_text("utf-8"))["tensors"]
     modules = {name.rpartition(".")[0]: origin for name, origin in tensors.items() if "from" in origin}
     chance, found = random.Random(0), []
-    for probe in ("normal", "ramp"):
-        for depth, (target, origin) in enumerate(modules.items()):
-            broken = culprit is not None and depth >= culprit
-            found.append(
-                {
-                    "source": origin["from"][0].rpartition("/")[0],
-                    "target": target,
-                    "line": origin["line"],
-                    "probe": probe,
-                    "depth": depth,
-                    "error": chance.uniform(1, 9) * (1e-2 if broken else 1e-16 * (1 + depth)),
-                    "local_error": chance.uniform(1, 9) * (1e-3 if depth == culprit else 1e-16),
-                    "bound": BOUND,
-                    "local_bound": 1e-13,
-                    "passed": not broken,
-                    "local_passed": depth != culprit,
-                    "reason": None,
-                }
-            )
-    return sorted(found, key=lambda tap: tap["depth"])
+    for depth, (target, origin) in enumerate(modules.items()):
+        broken, checked = culprit is not None and depth >= culprit, depth != 40
+        tap = {
+            "source": origin["from"][0].rpartition("/")[0],
+            "target": target,
+            "line": origin["line"],
+            "probe": "normal",
+            "depth": depth,
+            "error": chance.uniform(1, 9) * (1e-2 if broken else 1e-16 * depth),
+            "bound": BOUND,
+            "passed": not broken,
+            "local_error": chance.uniform(1, 9) * (1e-3 if depth == culprit else 1e-16) if checked else None,
+            "local_bound": 1e-13 if checked else None,
+            "local_passed": depth != culprit if checked else None,
+            "reason": None if checked else "not on the reference's own input: its first input in timm is no tensor",
+        }
+        found.append(tap)
+    return found
 
 
 def mutants(undetected: int) -> dict[str, Any]:

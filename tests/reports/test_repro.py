@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import re
@@ -133,7 +132,7 @@ def test_outputs_that_cannot_be_compared(folder, few, tmp_path, capsys, array, w
 
 def test_nothing_tells_of_this_machine(folder, tmp_path, change):
     found = json.loads((folder / "verification.json").read_text("utf-8"))
-    paths = [f"{folder}/x.py", f"no float64: ImportError in '{sys.executable}'", str(Path.home() / "a" / "config.py")]
+    paths = [f"{folder}/x.py", f"no float64: ImportError in '{sys.executable}'", "/home/somebody/a/config.py"]
     reference = {**found["reference"], "config": paths[0], "notes": paths}
     change(folder, reference=reference, warnings=paths)
     recording = tmp_path / "recording.npz"
@@ -148,14 +147,7 @@ def test_nothing_tells_of_this_machine(folder, tmp_path, change):
     assert names == documents | {"model.safetensors", "recording.npz"}
     texts += [(tmp_path / "repro" / name).read_text("utf-8") for name in documents]
     for text in texts:
-        for place in (
-            tempfile.gettempdir(),
-            str(folder.parent),
-            str(Path.home()),
-            sys.prefix,
-            f"/{getpass.getuser()}/",
-        ):
-            assert place not in text
+        assert not [place for place in (tempfile.gettempdir(), sys.prefix, "/home") if place in text]
     assert "config.py" in texts[0] and "x.py" in "".join(texts)
 
 

@@ -168,8 +168,8 @@ def test_arguments_that_cannot_be_used(converted, folder, tmp_path):
     foreign = record(tmp_path / "foreign.npz", other, **arrays)
     refused(CheckpointError, "is not what was converted", folder, other, None)
     refused(ReferenceFailed, "another checkpoint than the one", folder, converted.source, foreign)
-    refused(ReferenceFailed, "keras:model.keras is no reference", folder, converted.source, "keras:model.keras")
-    refused(ReferenceFailed, "the mmdet reference: FileNotFoundError", folder, converted.source, "mmdet:absent.py")
+    refused(ReferenceFailed, "paddle:model is no reference", folder, converted.source, "paddle:model")
+    refused(ReferenceFailed, "absent.py: is not there", folder, converted.source, "mmdet:absent.py")
     refused(CheckpointError, "conversion.json: cannot be read: no such file", tmp_path, converted.source, None)
 
 

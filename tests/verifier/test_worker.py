@@ -75,7 +75,8 @@ def test_jobs_that_cannot_be_done(tmp_path):
 
 
 def test_memory_is_bounded(tmp_path):
-    assert "the mmdet reference" in run(tmp_path, memory=300 << 20)
+    line = run(tmp_path, memory=300 << 20)
+    assert "the mmdet reference" in line and line.endswith("; it may take 300 MiB of memory")
 
 
 HANG = """

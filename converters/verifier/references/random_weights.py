@@ -8,7 +8,8 @@ that went astray shows.
 
 from __future__ import annotations
 
-import math
+import os
+import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -58,6 +59,10 @@ def _write_torch(model: Any, job: Mapping[str, Any]) -> None:
     state = surround(model.state_dict(), job.get("prefix", ""))
     if job["runner"].startswith("mm"):
         _save_mmlab(state, job)
+    elif hasattr(model, "save_pretrained"):
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(job["out"])) as folder:
+            model.save_pretrained(folder, state_dict=state)
+            os.replace(os.path.join(folder, "model.safetensors"), job["out"])
     else:
         torch.save(state, job["out"])
 
@@ -168,7 +173,9 @@ def _write_keras(model: Any, job: Mapping[str, Any]) -> None:
 def _draw_keras(rng: Any, name: str, shape: tuple[int, ...], layer: str) -> Any:
     """A variable's new values, by its role."""
     if "kernel" in name:
-        inputs = math.prod(shape[:2] if layer == "DepthwiseConv2D" or "depthwise" in name else shape[:-1])
+        import numpy as np
+
+        inputs = np.prod(shape[:2] if layer == "DepthwiseConv2D" or "depthwise" in name else shape[:-1])
         return rng.standard_normal(shape) / inputs**0.5
     if name in ("gamma", "variance", "moving_variance"):
         return rng.uniform(0.5, 1.5, shape)

@@ -1,0 +1,406 @@
+"""Remote sources: read by ranges or fetched once, from a server that behaves and from those that do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from safetensors.torch import save_file
+
+from converters import convert, inspect, open_checkpoint
+from converters.errors import CheckpointError, ConverterError, OutputError
+from converters.readers import remote
+from converters.readers.remote import RemotePath, fetch
+
+TENSORS = {f"layer{number}.weight": torch.randn(512, 512) for number in range(20)}  # 20 MB
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Checkpoints by name."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.save({"state_dict": TENSORS}, folder / "model.pth")
+    torch.save(TENSORS, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_file(TENSORS, folder / "model.safetensors")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for every test, in which nobody waits."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    return tmp_path / "cache" / "timmport"
+
+
+class Memory(MemoryFileSystem):
+    """fsspec's memory, which counts what is read of it."""
+
+    read: ClassVar[list[tuple[str, int]]] = []
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    read = MemoryFile.read
+
+    def count(self: MemoryFile, size: int = -1) -> bytes:
+        Memory.read.append((self.path, size))
+        return read(self, size)
+
+    monkeypatch.setattr(MemoryFile, "read", count)
+    MemoryFileSystem.store.clear()
+    Memory.read.clear()
+    yield Memory()
+    MemoryFileSystem.store.clear()
+
+
+@dataclass
+class Site:
+    """What the web server does, and what it was asked."""
+
+    content: bytes = b""
+    ranges: bool = True
+    etag: Callable[[int], str] = lambda _: '"one"'  # by the number of the request
+    status: Callable[[int], int] = lambda _: 0  # instead of the file
+    keep_back: Callable[[int], int] = lambda _: 0  # bytes that are promised and not sent
+    headers: dict[str, str] = field(default_factory=dict)
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+    url: str = ""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    site: Site
+
+    def do_GET(self) -> None:
+        site = self.site
+        site.asked.append((self.path, self.headers["Range"]))
+        number = len(site.asked)
+        if status := site.status(number):
+            self.send_response(status)
+            for name, value in {"Content-Length": "0", **site.headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "") if site.ranges else None
+        start, end = (int(asked[1]), min(int(asked[2]) + 1, len(site.content))) if asked else (0, len(site.content))
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(site.content)}")
+        for name, value in {"Content-Length": str(end - start), "ETag": site.etag(number), **site.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            self.wfile.write(site.content[start : end - site.keep_back(number)])
+        except ConnectionError:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def site(files: dict[str, bytes]) -> Iterator[Site]:
+    site = Site(files["model.pth"])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": site}))
+    server.daemon_threads = True
+    site.url = f"http://127.0.0.1:{server.server_address[1]}/model.pth?token=secret"
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield site
+    server.shutdown()
+    server.server_close()
+
+
+def assert_whole(tensors: dict[str, Any]) -> None:
+    assert {name: bytes(tensor.read()) for name, tensor in tensors.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in TENSORS.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["model.pth", "legacy.pth", "model.safetensors"])
+def test_a_look_at_a_file_fetches_little(name: str, memory: Memory, files: dict[str, bytes]) -> None:
+    memory.pipe(f"/folder/{name}", files[name])
+    found = open_checkpoint(f"memory://folder/{name}")
+    assert found.url == str(found.path) == f"memory://folder/{name}"
+    assert set(found.specs) == set(TENSORS)
+    share = {"legacy.pth": 0.3}.get(name, 0.05)
+    assert 0 < sum(nbytes for _, nbytes in memory.read) < share * len(files[name])
+    assert {path for path, _ in memory.read} == {f"/folder/{name}"}
+    assert_whole(found.tensors)
+    assert found.sha256() == hashlib.sha256(files[name]).hexdigest()
+
+
+def test_memory_is_bounded(memory: Memory, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BLOCKS", 8)
+    memory.pipe("/a.pth", files["model.pth"])
+    path = remote.open_remote("memory://a.pth")
+    source = path.source_file(path)
+    for offset in range(0, source.size - 9, 100_003):
+        assert source.read(offset, 9) == files["model.pth"][offset : offset + 9]
+    assert len(source._ranges._blocks) == 8
+    with pytest.raises(CheckpointError, match="lie outside"):
+        source.read(source.size - 1, 2)
+
+
+def test_a_conversion_fetches_once(memory: Memory, cache: Path, tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "model.pth")
+    content = (tmp_path / "model.pth").read_bytes()
+    memory.pipe("/a/model.pth", content)
+    steps: list[tuple[int, int]] = []
+    digest = hashlib.sha256(content).hexdigest()
+    for number in range(2):
+        done = convert(
+            "memory://a/model.pth",
+            tmp_path / f"out{number}",
+            expect_sha256=digest,
+            progress=lambda done, total: steps.append((done, total)),
+        )
+        record = json.loads((tmp_path / f"out{number}" / "conversion.json").read_text())
+        assert record["source"]["name"] == "model.pth"
+        assert record["source"]["url"] == "memory://a/model.pth"
+        assert record["source"]["sha256"] == digest == done.checkpoint.sha256()
+    assert (len(content), len(content)) in steps
+    assert sum(nbytes for _, nbytes in memory.read) == len(content)
+    assert [re.fullmatch(r"[0-9a-f]{64}", path.name) is not None for path in cache.iterdir()] == [True]
+    with pytest.raises(CheckpointError, match=r"memory://a/model.pth: has the SHA-256 .*, not the expected one"):
+        convert("memory://a/model.pth", tmp_path / "out2", expect_sha256="0" * 64)
+    memory.pipe("/a/model.pth", content)  # written anew: another file
+    fetch("memory://a/model.pth")
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_web_server_is_read_by_ranges(site: Site) -> None:
+    found = inspect(site.url).checkpoint
+    assert set(found.specs) == set(TENSORS)
+    assert all(asked for _, asked in site.asked)
+    assert str(found.path).endswith("/model.pth") and "secret" not in str(found.path)
+    assert_whole(found.tensors)
+
+
+def test_a_server_without_ranges_is_read_whole(site: Site, cache: Path) -> None:
+    site.ranges = False
+    found = open_checkpoint(site.url)
+    assert found.notes == (remote.NO_RANGES,)
+    assert_whole(found.tensors)
+    assert len(list(cache.iterdir())) == 1
+    asked = len(site.asked)
+    open_checkpoint(site.url)
+    assert len(site.asked) == asked + 1, "the cache has it"
+
+
+def test_faults_that_pass_are_outlived(site: Site) -> None:
+    site.status = lambda number: (0, 503, 429)[number % 3]
+    site.keep_back = lambda number: 7 if number == 3 else 0
+    assert_whole(open_checkpoint(site.url).tensors)
+
+
+HTML = {"Content-Type": "text/html; charset=utf-8"}
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "404": ({"status": lambda _: 404}, r"does not exist \(404\); is the address right"),
+    "403": ({"status": lambda _: 403}, r"may not be read \(403\); are your credentials right"),
+    "429": ({"status": lambda _: 429}, r"the server asks to wait \(429\); try again later"),
+    "500": ({"status": lambda _: 500}, r"the server fails \(500\)"),
+    "truncates": ({"keep_back": lambda _: 9}, r"the server sends \d+ of the \d+ bytes|the connection broke"),
+    "truncates whole": ({"keep_back": lambda _: 9, "ranges": False}, r"ends after|the connection broke"),
+    "changes": ({"etag": lambda number: f'"{number}"'}, "was changed on its server while it was read; run again"),
+    "changes whole": ({"etag": lambda n: f'"{n}"', "ranges": False}, "was changed on its server"),
+    "html": ({"headers": HTML}, "is an HTML page, not a checkpoint; give the address of the file itself"),
+    "compressed": ({"headers": {"Content-Encoding": "gzip"}}, "comes compressed"),
+    "huge": ({"headers": {"Content-Range": "bytes 0-9/many"}, "content": b""}, "does not say|is empty|empty"),
+    "to a file": ({"status": lambda _: 302, "headers": {"Location": "file:///etc/hosts"}}, "redirects to"),
+    "to ftp": ({"status": lambda _: 302, "headers": {"Location": "ftp://127.0.0.1/a"}}, r"scheme \(ftp\)"),
+    "in circles": ({"status": lambda _: 302, "headers": {"Location": "/model.pth"}}, "redirects to"),
+}
+
+
+@pytest.mark.parametrize("fetch_all", [False, True], ids=["inspect", "convert"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_goes_wrong_is_one_line(fault: str, fetch_all: bool, site: Site, cache: Path, tmp_path: Path) -> None:
+    changes, message = FAULTS[fault]
+    for name, value in changes.items():
+        setattr(site, name, value)
+    with pytest.raises(ConverterError, match=message) as raised:
+        if fetch_all:
+            convert(site.url, tmp_path / "out")
+        else:
+            open_checkpoint(site.url)
+    text = str(raised.value)
+    assert text.startswith("http://127.0.0.1:") and "/model.pth: " in text
+    assert "secret" not in text and "\n" not in text
+    assert not list(cache.glob("*")) and not (tmp_path / "out").exists()
+
+
+def test_a_reset_connection_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(self: _Handler) -> None:
+        self.connection.close()
+
+    monkeypatch.setattr(_Handler, "do_GET", reset)
+    with pytest.raises(CheckpointError, match="the connection broke; try again later"):
+        open_checkpoint(site.url)
+
+
+def test_nobody_answers_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    from threading import Event
+
+    from converters.readers import remote_stores
+
+    over = Event()
+    monkeypatch.setattr(_Handler, "do_GET", lambda self: over.wait(5))
+    monkeypatch.setattr(remote_stores, "TIMEOUT", 0.05)
+    with pytest.raises(CheckpointError, match="does not answer in time"):
+        open_checkpoint(site.url)
+    over.set()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nope://a/b", "nope:// is a scheme that nothing here reads"),
+        ("file:///etc/hosts", "is a local file; give its path"),
+        ("reference://a.json", "names files through other files"),
+        ("zip://a::memory://b.zip", "names files through other files"),
+        ("https://me:word@127.0.0.1/a", "https://127.0.0.1/a: has a password in it"),
+        ("http://127.0.0.1:99999/a", "is no address"),
+        ("memory://absent.pth", r"does not exist \(404\)"),
+        ("memory://folder", "is a folder; name one file in it"),
+    ],
+)
+def test_what_is_no_source(url: str, message: str, memory: Memory) -> None:
+    memory.pipe("/folder/a", b"a")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(url)
+
+
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec.core
+
+    def lack(_: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lack)
+    with pytest.raises(CheckpointError, match=r"s3:// needs a package; pip install s3fs"):
+        open_checkpoint("s3://bucket/model.pth")
+
+
+INDEX = json.dumps({"weight_map": {"a": "model-00001.safetensors"}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors.index.json", INDEX),
+        ("model.safetensors.index.json", INDEX.replace(b"model-", b"../model-")),
+        ("checkpoint", b'model_checkpoint_path: "model.ckpt"\n'),
+        ("model.ckpt.data-00000-of-00001", b"bytes"),
+        ("model.ckpt.index", b"bytes"),
+        (".metadata", b"bytes"),
+        ("saved_model.pb", b"bytes"),
+    ],
+)
+def test_no_neighbour_is_opened(
+    name: str, content: bytes, memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory:" / "a").mkdir(parents=True)  # what the URL would be, were it taken for a path
+    for neighbour in ("model-00001.safetensors", "model.ckpt.index", ".metadata", "saved_model.pb"):
+        memory.pipe(f"/a/{neighbour}", b"neighbour")
+        (tmp_path / "memory:" / "a" / neighbour).write_bytes(b"neighbour")
+    monkeypatch.chdir(tmp_path)
+    memory.pipe(f"/a/{name}", content)
+    memory.read.clear()
+    with pytest.raises(CheckpointError, match=r"not opened|no file beside it|not a checkpoint"):
+        open_checkpoint(f"memory://a/{name}")
+    assert {path for path, _ in memory.read} == {f"/a/{name}"}
+
+
+class Hub(MemoryFileSystem):
+    """The Hugging Face Hub, in memory: what it says of a file, and nothing else."""
+
+    protocol = "hf"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    sha256 = ""
+    refuses: Exception | None = None
+
+    def info(self, path: str, **ways: Any) -> dict[str, Any]:
+        assert ways == {"refresh": True, "expand_info": True}
+        if self.refuses:
+            raise self.refuses
+        return {**super().info(path), "blob_id": "1", "lfs": {"sha256": type(self).sha256, "size": 1}}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> Hub:
+    import fsspec.core
+
+    found = Hub(skip_instance_cache=True)
+    found.pipe("/org/repo@main/model.pth", files["model.pth"])
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (found, url.removeprefix("hf://")))
+    monkeypatch.setattr(Hub, "sha256", hashlib.sha256(files["model.pth"]).hexdigest())
+    return found
+
+
+def test_the_hub_states_a_hash(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "hf://org/repo@main/model.pth"
+    assert_whole(open_checkpoint(url).tensors)
+    local = fetch(url).resolve()
+    local.write_bytes(bytes(local.stat().st_size))  # damaged in the cache, and so fetched again
+    assert hashlib.sha256(fetch(url).resolve().read_bytes()).hexdigest() == Hub.sha256
+    monkeypatch.setattr(Hub, "sha256", "0" * 64)
+    with pytest.raises(CheckpointError, match=r"model.pth: is not what its server says: the hash differs"):
+        fetch(url)
+    assert [path.name for path in cache.iterdir()] == [local.name]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (401, r"may not be read \(401\); log in first"),
+        (404, r"does not exist \(404\)"),
+        (503, r"the server fails \(503\)"),
+    ],
+)
+def test_the_hub_refuses(code: int, message: str, hub: Hub) -> None:
+    hub.refuses = OSError("https://host/file?token=secret")
+    hub.refuses.response = type("Response", (), {"status_code": code})()  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=message) as raised:
+        open_checkpoint("hf://org/repo@main/model.pth")
+    assert "secret" not in str(raised.value)
+
+
+def test_a_cache_that_cannot_be_written_is_told(memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.pipe("/a.pth", b"a")
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match=r"set XDG_CACHE_HOME"):
+        fetch("memory://a.pth")
+
+
+def test_drivers_load_when_a_url_is_given(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    code = (
+        "import sys; from converters import open_checkpoint; open_checkpoint(sys.argv[1]); "
+        "sys.exit('fsspec' in sys.modules or 'converters.readers.remote' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.safetensors")], check=True)
+
+
+def test_a_remote_path_has_no_neighbours() -> None:
+    path = RemotePath("memory://a/b.pth")
+    assert (path.name, path.suffix, path.parent.url) == ("b.pth", ".pth", "memory://a")
+    assert not path.is_file() and not path.with_name("c").exists() and not list(path.parent.glob("*"))
