@@ -27,9 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[
-    str, typer.Argument(metavar="CKPT", help="A file, a folder, a TensorFlow prefix, or a URL: hf://ORG/REPO@REV/FILE.")
-]
+Source = Annotated[str, typer.Argument(metavar="CKPT", help="A file, folder, TensorFlow prefix, or URL (hf://...).")]
 Key = Annotated[str | None, typer.Option(metavar="PATH", help="Where the state dict lies in the file: model.teacher")]
 Ema = Annotated[bool | None, typer.Option("--ema/--no-ema", help="Averaged or raw weights, where both are there.")]
 Reference = Annotated[
@@ -56,6 +54,9 @@ ReferenceArg = Annotated[
 Interpreter = Annotated[str | None, typer.Option("--python", metavar="EXE", help="The Python that has the framework.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Let the framework run code that the files hold.")]
 Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="Then the reference is ended.")]
+Memory = Annotated[
+    int | None, typer.Option(metavar="MIB", min=1, help="The address space that the reference may take.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
@@ -139,6 +140,7 @@ def verify(
     python: Interpreter = None,
     trust: Trust = False,
     timeout: Timeout = 900.0,
+    memory: Memory = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as a web page.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as JUnit XML.")] = None,
     repro: Annotated[
@@ -148,6 +150,7 @@ def verify(
 ) -> None:
     """Compare a conversion with the source framework's own model; exit code 3 where they differ or it is unproven."""
     from converters.readers.remote import fetch_path
+    from converters.reports import write_reports
     from converters.reports.terminal import show_verdict, status
     from converters.verifier import verify as verify_conversion
 
@@ -166,21 +169,11 @@ def verify(
             python=python,
             trust=trust,
             timeout=timeout,
+            memory=memory and memory << 20,
             keep=recording if repro else None,
             progress=tell,
         )
-        if html:
-            from converters.reports.html import write_html
-
-            write_html(directory, html)
-        if junit:
-            from converters.reports.junit import write_junit
-
-            write_junit([directory], junit)
-        if repro:
-            from converters.reports.repro import write_repro
-
-            write_repro(directory, recording, repro)
+        write_reports(directory, recording, html=html, junit=junit, repro=repro)
     if as_json:
         print(verdict.to_json())
     else:
@@ -211,6 +204,7 @@ def record(
     python: Interpreter = None,
     trust: Trust = False,
     timeout: Timeout = 900.0,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Write what the source framework's own model gives, for a later `verify --reference RECORDING`."""
@@ -241,8 +235,9 @@ def record(
         else:
             show_worker(worker, source)
     elif out:
+        limits: dict[str, Any] = {"timeout": timeout, "memory": memory and memory << 20}
         with status() as tell:
-            recording = record_reference(subject, source, out, python=python, timeout=timeout, progress=tell, **asked)
+            recording = record_reference(subject, source, out, python=python, progress=tell, **limits, **asked)
         if as_json:
             _print_json({**recording.about, "path": str(out)})
         else:

@@ -5,6 +5,8 @@
 
     start    `timmport --help`, and what `import converters` loads
     plan     planning a 400-tensor checkpoint over 10 candidate targets
+    inspect  the bytes that a look at the 2.5 GB checkpoint of `convert` reads
+    read     every tensor of 1 GB, as a torch zip and as safetensors, beside `cat FILE > /dev/null`
     convert  a 2.5 GB DDP-prefixed float32 ViT-H beside `cp` + `import timm`, timm's own route and torch's
 
 Times are the best of several runs, and only their ratios mean anything: machines are noisy.
@@ -71,9 +73,34 @@ print(time.perf_counter() - start, len(source), len(family.targets), closed)
 """
 
 
+INSPECT = """
+import sys
+from converters import inspect
+from converters.readers.files import SourceFile
+counts, read_into = [], SourceFile._read_into
+SourceFile._read_into = lambda *args: counts.append(read_into(*args)) or counts[-1]
+inspect(sys.argv[1])
+print(sum(counts), len(counts))
+"""
+MAKE_TENSORS = """
+import sys, torch
+from safetensors.torch import save_file
+tensors = {f"layer{number}.weight": torch.randn(2048, 4096) for number in range(32)}
+torch.save(tensors, sys.argv[1]) if sys.argv[1].endswith(".pth") else save_file(tensors, sys.argv[1])
+"""
+READ = """
+import sys, time
+from converters import open_checkpoint
+start = time.perf_counter()
+assert sum(tensor.read().nbytes for tensor in open_checkpoint(sys.argv[1]).tensors.values()) == 1 << 30
+print(time.perf_counter() - start)
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", default=["start", "plan", "convert"], choices=["start", "plan", "convert"])
+    names = ["start", "plan", "inspect", "read", "convert"]
+    parser.add_argument("what", nargs="*", default=names, choices=names)
     wanted = parser.parse_args().what
     with tempfile.TemporaryDirectory(prefix="timmport-bench-") as folder:
         for name in wanted:
@@ -114,10 +141,25 @@ def bench_plan(folder: Path) -> None:
     row(f"plan {tensors} tensors over {candidates} targets ({closed} closes)", float(seconds), "s", "under 1.5 s")
 
 
+def bench_inspect(folder: Path) -> None:
+    """What is read of a file that is only looked at."""
+    nbytes, reads = answer(INSPECT, make_checkpoint(folder)).split()
+    row(f"inspect reads, in {reads} reads", int(nbytes) / 1e6, "MB", "under 5 MB")
+
+
+def bench_read(folder: Path) -> None:
+    """The system's own reading of the file is the limit."""
+    for source in (folder / "tensors.pth", folder / "tensors.safetensors"):
+        answer(MAKE_TENSORS, source)
+        pairs = [(float(answer(READ, source)), run(["cat", str(source)])[0]) for _ in range(REPEATS)]
+        ours, limit = (min(times) for times in zip(*pairs, strict=True))
+        print(f"{f'read 1 GB of {source.name}':<44} {ours:6.2f} s  {ours / limit:5.2f} x cat")
+        source.unlink()
+
+
 def bench_convert(folder: Path) -> None:
     """A file copy and an import are the limit; timm's and torch's own routes are the peers."""
-    source = folder / "vit_huge_ddp.pth"
-    subprocess.run([sys.executable, "-c", MAKE_CHECKPOINT, str(source)], check=True)
+    source = make_checkpoint(folder)
     print(f"source: {source.stat().st_size / 1e9:.2f} GB")
     out = folder / "out"
 
@@ -149,6 +191,19 @@ def bench_convert(folder: Path) -> None:
         print(f"{name:<44} {seconds:6.2f} s  {seconds / limit:5.2f} x (cp + import timm)  peak {peak:5.2f} GB")
     extra = measured["timmport convert"][1] - measured["import timm"][1]
     print(f"{'peak above import timm':<44} {extra:6.2f} GB  (at most 0.4 GB)")
+
+
+def make_checkpoint(folder: Path) -> Path:
+    source = folder / "vit_huge_ddp.pth"
+    if not source.exists():
+        answer(MAKE_CHECKPOINT, source)
+    return source
+
+
+def answer(code: str, *args: Path) -> str:
+    """What Python prints."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def run(command: list[str]) -> tuple[float, float]:

@@ -27,6 +27,8 @@ class SourceFile:
     would block or never end). A path of another kind (`RemotePath`) says in `source_file` which subclass reads it.
     """
 
+    is_remote = False  # whether a read may take a request to a server
+
     def __new__(cls, path: str | os.PathLike[str]) -> SourceFile:
         return object.__new__(getattr(path, "source_file", cls))
 
@@ -141,6 +143,10 @@ class Window:
     @property
     def path(self) -> Path:
         return self.file.path
+
+    @property
+    def is_remote(self) -> bool:
+        return self.file.is_remote
 
     def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
         """Exactly `nbytes` bytes from `offset` in fresh, writable memory; DamagedCheckpoint beyond the end."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 from converters.errors import CheckpointError, DamagedCheckpoint, OutputError
 from converters.readers.files import SourceFile, is_url, refuse_neighbour
@@ -24,14 +25,16 @@ from converters.readers.remote_stores import State, Store, Transient, find_store
 
 __all__ = ["FetchedFile", "Ranges", "RemoteFile", "RemotePath", "fetch", "fetch_path", "open_remote"]
 
-BLOCK = 128 << 10  # bytes; smaller reads fetch whole blocks
-BLOCKS = 256  # that are kept
+BLOCK = 16 << 10  # bytes; smaller reads fetch whole blocks
+AHEAD = 16  # blocks more, once reads follow one another
+BLOCKS = 2048  # that are kept
 CHUNK = 32 << 20  # bytes of one request while a whole file is fetched
 PAUSES = (0.5, 2.0, 5.0)  # seconds before another attempt
 SUFFIXES = (".h5", ".keras", ".onnx", ".pb", ".npz", ".safetensors")  # that frameworks look at
 AGAIN = "try again later"
 NO_RANGES = "the server reads no ranges, so the whole file was fetched"
 
+Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # bytes fetched, bytes in all
 
 
@@ -54,10 +57,12 @@ class Ranges:
             found = {one: self._blocks[one] for one in wanted if one in self._blocks}
             if missing := [one for one in wanted if one not in found]:
                 first, last = missing[0], missing[-1]
+                if first - 1 in self._blocks:
+                    last = min(last + AHEAD, (self.size - 1) // BLOCK)
                 data = self.fetch(first * BLOCK, min((last + 1) * BLOCK, self.size))
                 found |= {one: data[(one - first) * BLOCK :][:BLOCK] for one in range(first, last + 1)}
-            for one in wanted:
-                self._blocks[one] = found[one]
+            for one, block in found.items():
+                self._blocks[one] = block
                 self._blocks.move_to_end(one)
             while len(self._blocks) > BLOCKS:
                 self._blocks.popitem(last=False)
@@ -142,6 +147,8 @@ class RemotePath:
 class RemoteFile(SourceFile):
     """A file that is read by ranges, with the face of a SourceFile."""
 
+    is_remote = True
+
     def __init__(self, path: RemotePath) -> None:
         if path.ranges is None:
             raise refuse_neighbour(path.url)
@@ -169,7 +176,7 @@ def open_remote(url: str) -> RemotePath:
     """The file at `url`, of which a reader fetches what it reads; whole, where the server knows no ranges."""
     shown = without_secrets(url)
     store = _persist(lambda: find_store(url), shown)
-    if store.by_range and store.state.size >= 0:
+    if store.by_range:
         return RemotePath(shown, Ranges(store, shown))
     return RemotePath(shown, local=_keep(store, url), note=NO_RANGES)
 
@@ -196,11 +203,12 @@ def _keep(store: Store, url: str, progress: Progress | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if state.version and place.is_file() and place.stat().st_size == state.size and _is_intact(place, state):
             return place
-        if state.size > shutil.disk_usage(folder).free:
+        room = shutil.disk_usage(folder).free
+        if state.size > room:
             raise OutputError(f"has no room for the {state.size} bytes of {shown}", file=folder)
         descriptor, part = tempfile.mkstemp(dir=folder, suffix=".part")
         with os.fdopen(descriptor, "wb") as file:
-            _write(store, shown, file.write, progress)
+            _write(store, shown, file.write, progress, room // 2)
             file.flush()
             os.fsync(file.fileno())
         if not _is_intact(Path(part), state):
@@ -217,12 +225,13 @@ def _keep(store: Store, url: str, progress: Progress | None = None) -> Path:
     return place
 
 
-def _write(store: Store, shown: str, write: Callable[[bytes], object], progress: Progress | None) -> None:
+def _write(store: Store, shown: str, write: Callable[[bytes], object], progress: Progress | None, most: int) -> None:
+    """Every byte of a store; at most `most` where it does not say how many."""
     size, done = store.state.size, 0
     for piece in _pieces(store, shown):
         done += len(piece)
-        if 0 <= size < done:
-            break
+        if done > (size if size >= 0 else most):
+            raise DamagedCheckpoint(f"does not end after {done - len(piece)} bytes", file=shown, cure=AGAIN)
         write(piece)
         if progress:
             progress(done, max(size, done))
@@ -254,7 +263,7 @@ def _is_intact(path: Path, state: State) -> bool:
     return True
 
 
-def _persist(attempt: Callable, shown: str):  # type: ignore[no-untyped-def, type-arg]
+def _persist(attempt: Callable[[], Result], shown: str) -> Result:
     """What `attempt` returns, once it no longer raises Transient."""
     for pause in PAUSES:
         try:

@@ -40,7 +40,7 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """What a server says of a file's content; -1 and empty where it does not say."""
+    """What a server says of a file's content; empty, or of an unranged file -1, where it does not say."""
 
     size: int
     version: str = ""
@@ -88,7 +88,7 @@ def find_store(url: str) -> Store:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http(s) only, and never from https to http."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         scheme = urlsplit(newurl).scheme
         if scheme != "https" and not (scheme == "http" and req.type == "http"):
             raise UnsafeCheckpoint(
@@ -123,6 +123,8 @@ class _HttpStore:
         with self._get(start, end) as answer:
             if answer.status != 206 or self._state_of(answer) != self.state:
                 raise _changed(self._shown)
+            if not answer.headers["Content-Range"].startswith(f"bytes {start}-"):
+                raise CheckpointError("comes in other ranges than asked for", file=self._shown)
             return answer.read(end - start)
 
     def stream(self) -> Iterator[bytes]:
@@ -198,7 +200,8 @@ class _FsspecStore:
             if self._fs.async_impl:
                 data = self._fs.cat_file(self._path, start=start, end=end)
             else:  # whose cat_file would read ahead
-                with self._fs.open(self._path, "rb", cache_type="none") as file:
+                known = {"size": self.state.size} if self._scheme == "hf" else {}  # or it lists the folder
+                with self._fs.open(self._path, "rb", cache_type="none", **known) as file:
                     file.seek(start)
                     data = file.read(end - start)
         if self._look() != self.state:
@@ -217,9 +220,11 @@ class _FsspecStore:
                 info = self._fs.info(self._path)
         if info.get("type") == "directory":
             raise CheckpointError("is a folder", file=self._shown, cure="name one file in it, or fetch the folder")
+        if info.get("size") is None:
+            raise CheckpointError("does not say how large it is", file=self._shown, cure="fetch it by other means")
         version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
         sha256 = (info.get("lfs") or {}).get("sha256") or ""
-        return State(-1 if info.get("size") is None else int(info["size"]), version, sha256, info.get("md5Hash") or "")
+        return State(int(info["size"]), version, sha256, info.get("md5Hash") or "")
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -239,9 +244,10 @@ class _FsspecStore:
                 raise _refusal(code, self._shown) from error
             if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
                 raise _refusal(401, self._shown) from error
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) or re.search("Connect|Timeout|Network|Protocol", type(error).__name__):
                 raise _transient(error) from error
-            problem = f"cannot be read: {type(error).__name__}"
+            said = re.sub(r"\?\S*", "", f"{error}\n".splitlines()[0])
+            problem = f"cannot be read: {printable(said, 120) or type(error).__name__}"
             raise CheckpointError(problem, file=self._shown, cure="is the address right?") from error
 
 

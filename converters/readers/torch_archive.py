@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from dataclasses import dataclass
+from pathlib import Path
 
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
 from converters.readers.files import SourceFile, Window
@@ -67,12 +68,13 @@ class Archive:
 
     def record(self, name: str, tensor: str | None = None) -> Record:
         """A member's place in the file; only of stored ones, since a deflated one cannot be read by position."""
-        info, start = self.locate(name, tensor)
+        late = _Late(self, name) if self.file.is_remote and name in self.members else None
+        info, start = (self.members[name], 0) if late else self.locate(name, tensor)
         if info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(
                 "is compressed in the file", file=self.file.path, tensor=tensor or name, cure="load and save it again"
             )
-        return Record(self.file, start, info.file_size, info.CRC or None)
+        return Record(late or self.file, start, info.file_size, info.CRC or None)
 
     def content(self, name: str, limit: int) -> bytes | memoryview:
         """A small member's bytes, inflated if need be; UnsafeCheckpoint beyond `limit`."""
@@ -118,6 +120,29 @@ class Archive:
                 cure=AGAIN,
             )
         return info, start
+
+
+@dataclass(frozen=True)
+class _Late:
+    """A member of a remote archive, whose local header is fetched, and must agree, when its data is."""
+
+    archive: Archive
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.archive.file.path
+
+    def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
+        start = self.archive.locate(self.name, tensor)[1]
+        return self.archive.file.read(start + offset, nbytes, tensor)
+
+    def copy(self, offset: int, nbytes: int, tensor: str, file: int, at: int) -> None:
+        start = self.archive.locate(self.name, tensor)[1]
+        self.archive.file.copy(start + offset, nbytes, tensor, file, at)
+
+    def expect(self, offset: int, nbytes: int, crc: int, tensor: str) -> None:
+        """Nothing: what is hashed whole was fetched whole, and is no longer remote."""
 
 
 class _Seekable(io.RawIOBase):

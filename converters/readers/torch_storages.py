@@ -10,14 +10,15 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from converters.errors import DamagedCheckpoint, UnsafeCheckpoint, printable
-from converters.readers.files import CHUNK, SourceFile, Window
+from converters.readers.files import CHUNK
 from converters.readers.pickles import Opaque, Symbol
 from converters.tensors import DTYPES, LazyTensor, TensorSpec
 
-__all__ = ["Record", "Storage", "View", "are_sizes", "gather", "resolve"]
+__all__ = ["Bytes", "Record", "Storage", "View", "are_sizes", "gather", "resolve"]
 
 MAX_EXPANDED = 1 << 20  # bytes that an expanded view (stride 0) may take when its storage holds fewer
 
@@ -58,11 +59,24 @@ class Storage:
         return self.numel * self.itemsize
 
 
+class Bytes(Protocol):
+    """A file or a part of one: `SourceFile`, `Window`."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview: ...
+
+    def copy(self, offset: int, nbytes: int, tensor: str, file: int, at: int) -> None: ...
+
+    def expect(self, offset: int, nbytes: int, crc: int, tensor: str) -> None: ...
+
+
 @dataclass(slots=True)
 class Record:
     """The bytes of one storage in the file, with their CRC-32 where the file has it."""
 
-    file: SourceFile | Window
+    file: Bytes
     offset: int
     nbytes: int
     crc: int | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from converters.reports.dossier import Mutant, Tap
 
-__all__ = ["Bar", "Cell", "DepthChart", "Heatmap", "Point", "depth_chart", "heatmap", "margin_bars"]
+__all__ = ["Bar", "Cell", "DepthChart", "Heatmap", "Point", "Tick", "depth_chart", "heatmap", "margin_bars"]
 
 WIDTH, HEIGHT = 880.0, 360.0
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 12.0, 44.0, 34.0  # margins
@@ -34,6 +34,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Tick:
+    """A label of an axis."""
+
     at: float
     label: str
 

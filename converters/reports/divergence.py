@@ -6,6 +6,8 @@
         conv1             differs by 3.1e-02 and on the reference's own input by 3.1e-02  <- the fault
         bn1 ... layer2.0  8 modules differ, and agree on the reference's own input
     layer3 ... fc         20 modules differ, and agree on the reference's own input
+
+And the lines around it: how many agree, what was not checked and why, what is declared differently.
 """
 
 from __future__ import annotations
@@ -46,30 +48,23 @@ def divergence_lines(verdict: Verdict) -> Iterator[str]:
 
 
 def _lines(taps: Sequence[Tap], way: tuple[str, ...], depth: int, culprit: str | None) -> Iterator[str]:
-    """The modules that share the first `depth` segments of `way`; the module that these name comes last."""
-
-    def branch(tap: Tap) -> str:
-        return ".".join(tap.target.split(".")[: depth + 1])
-
-    names = list(dict.fromkeys(map(branch, taps)))
-    children = [(name, [tap for tap in taps if branch(tap) == name]) for name in names]
-    for (on_way, _), group in groupby(children, key=lambda child: (_leads(child[0], way), _state(child[1]))):
-        folded = list(group)
-        members = [tap for _, found in folded for tap in found]
+    """The modules that share the first `depth` segments of `way`; the one that these name comes last, as `itself`."""
+    children: dict[str, list[Tap]] = {}
+    for tap in taps:
+        children.setdefault(".".join(tap.target.split(".")[depth : depth + 1]), []).append(tap)
+    step = way[depth] if depth < len(way) else ""
+    for (on_way, _), group in groupby(children.items(), key=lambda child: (child[0] == step, _state(child[1]))):
+        folded = dict(group)
+        members = [tap for found in folded.values() for tap in found]
         indent = "  " * depth
-        if on_way and len(members) > 1 and depth < len(way):
-            yield indent + folded[0][0]
+        if on_way and len(members) > 1:
+            yield indent + step
             yield from _lines(members, way, depth + 1, culprit)
             continue
-        own = [name.split(".")[depth] if name.count(".") >= depth else "itself" for name, _ in folded]
-        name = ", ".join(own) if len(own) < 4 else f"{own[0]} ... {own[-1]}"
+        own = [name or "itself" for name in folded]
+        names = ", ".join(own) if len(own) < 4 else f"{own[0]} ... {own[-1]}"
         mark = "  <- the fault" if culprit in [tap.target for tap in members] else ""
-        yield f"{indent}{name}  {_told(members)}{mark}"
-
-
-def _leads(name: str, way: tuple[str, ...]) -> bool:
-    segments = name.split(".")
-    return tuple(segments) == way[: len(segments)]
+        yield f"{indent}{names}  {_told(members)}{mark}"
 
 
 def _state(taps: Sequence[Tap]) -> tuple[bool, bool]:

@@ -29,8 +29,11 @@ __all__ = [
     "Mutant",
     "Mutants",
     "Origin",
+    "Reference",
     "Rounding",
+    "Source",
     "Tap",
+    "Target",
     "Unchecked",
     "Undetectable",
     "Verification",
@@ -127,6 +130,8 @@ class Mutants(_Part):
 
 
 class Source(_Part):
+    """The checkpoint that was converted."""
+
     name: str = ""
     format: str | None = None
     writer: str | None = None
@@ -135,6 +140,8 @@ class Source(_Part):
 
 
 class Target(_Part):
+    """The timm model that it became."""
+
     architecture: str = ""
     args: dict[str, Any] = {}
 
@@ -174,6 +181,8 @@ class Config(_Part):
 
 
 class Reference(_Part):
+    """Who answered for the source."""
+
     runner: str | None = None
     framework: dict[str, str] = {}
 

@@ -24,7 +24,7 @@ from converters.names import fold
 from converters.reports.charts import depth_chart, heatmap, margin_bars
 from converters.reports.dossier import Dossier, Origin, figure, read_dossier
 
-__all__ = ["render_html", "write_html"]
+__all__ = ["Fold", "Setting", "render_html", "write_html"]
 
 LONGEST = 200  # letters of a name
 TIMES = "\N{MULTIPLICATION SIGN}"

@@ -20,7 +20,7 @@ import numpy as np
 import timm
 import torch
 
-__all__ = ["main"]
+__all__ = ["incomparable", "main", "relative", "run"]
 
 
 def main(folder: Path, wanted: list[str]) -> int:

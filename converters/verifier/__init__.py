@@ -101,7 +101,7 @@ def verify(
         subject.about(),
         rounding=rounding,
         deviation=subject.deviation,
-        **(_look_inside(recording, subject, weights) if recording.taps else {}),
+        **(_look_inside(recording, subject, weights) if taps else {}),
     )
     if mutants and verdict.passed:
         tell("comparing mutants")
@@ -113,10 +113,10 @@ def verify(
 
 def _look_inside(recording: Recording, subject: Subject, weights: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict's taps, unchecked pairs and audit."""
-    model = load_target(subject.directory, "float64", weights)
+    model = load_target(subject.directory, "float64", weights) if recording.taps else None
     with single_threaded():
         taps, unchecked = compare_taps(model, recording, subject.modules, subject.deviation)
-    findings = audit(model, recording.modules, subject.modules, subject.deviation)
+    findings = audit(model, recording.modules, subject.modules, subject.deviation) if model else ()
     return {"taps": taps, "unchecked": unchecked, "audit": findings}
 
 

@@ -54,7 +54,10 @@ Measures = dict[Place, _Measure | str]  # or why there is nothing to measure
 def compare_taps(
     model: Any, recording: Recording, pairs: Sequence[Pair], deviation: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[tuple[Tap, ...], tuple[Unchecked, ...]]:
-    """Every pair on the recording's taps. `model` is timm's, in float64; `deviation` as in conversion.json."""
+    """Every pair on the recording's taps; without them none is checked.
+
+    `model` is timm's, in float64; `deviation` as in conversion.json.
+    """
     taps = recording.taps
     if taps is None:
         reason = "the reference recorded no taps"
@@ -64,6 +67,7 @@ def compare_taps(
     bounds = _bounds(trial, forced, deviation)
     bound = max(FLOAT64_BOUND, sum(one["bound"] for one in deviation))
     place = {name: index for index, name in enumerate(taps.outputs)}
+    reached = _reached([pair.target for pair in pairs])
     found, unchecked = list[Tap](), []
     for pair in sorted(pairs, key=lambda pair: place.get(pair.output, len(place))):
         measure = free[pair.target, "output"]
@@ -71,7 +75,7 @@ def compare_taps(
             unchecked.append(Unchecked(pair.source, pair.target, pair.line, measure))
             continue
         passed = measure.error <= bound
-        local = _local(pair, pairs, forced, bounds)
+        local = _local(pair.target, reached.get(pair.target, []), forced, bounds)
         where = (pair.source, pair.target, pair.line, taps.probe, len(found))
         channels = () if passed else measure.channels
         found.append(Tap(*where, measure.error, bound, passed, *local, channels=channels))
@@ -79,16 +83,15 @@ def compare_taps(
 
 
 def _local(
-    pair: Pair, pairs: Sequence[Pair], forced: Measures, bounds: Mapping[Place, float]
+    target: str, reached: Sequence[str], forced: Measures, bounds: Mapping[Place, float]
 ) -> tuple[float | None, float | None, bool | None, str | None]:
     """The worst of a module's own output and of what reaches the modules in it: error, bound, passed, reason."""
-    targets = {one.target for one in pairs}
-    places = [(one.target, "input") for one in pairs if _around(one.target, targets) == pair.target]
-    if not isinstance(forced[pair.target, "input"], str):
-        places.append((pair.target, "output"))
+    places = [(one, "input") for one in reached]
+    if not isinstance(forced[target, "input"], str):
+        places.append((target, "output"))
     measured = [(place, measure) for place in places if isinstance(measure := forced[place], _Measure)]
     if not measured:
-        reasons = (forced[pair.target, kind] for kind in ("input", "output"))
+        reasons = (forced[target, kind] for kind in ("input", "output"))
         reason = next(reason for reason in reasons if isinstance(reason, str))
         return None, None, None, f"not on the reference's own input: {reason}"
     failed = [(place, measure) for place, measure in measured if not measure.error <= bounds[place]]
@@ -97,14 +100,16 @@ def _local(
     return measure.error, bounds[place], not failed, before
 
 
-def _around(target: str, targets: set[str]) -> str:
-    """The nearest paired module around this one, or itself."""
-    outer = target
-    while "." in outer:
-        outer = outer.rpartition(".")[0]
-        if outer in targets:
-            return outer
-    return target
+def _reached(targets: Sequence[str]) -> dict[str, list[str]]:
+    """The modules for whose inputs each answers: those next below it, and itself where nothing is around it."""
+    known = set(targets)
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        outer = target.rpartition(".")[0]
+        while outer and outer not in known:
+            outer = outer.rpartition(".")[0]
+        found.setdefault(outer or target, []).append(target)
+    return found
 
 
 def _bounds(trial: _Trial, forced: Measures, deviation: Sequence[Mapping[str, Any]]) -> dict[Place, float]:

@@ -42,6 +42,7 @@ def record(
     python: str | None = None,
     trust: bool = False,
     timeout: float = 900.0,
+    memory: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Recording:
     """Write what the reference gives for `source` to `out` (`.npz`); the arguments are those of `verify`.
@@ -55,7 +56,7 @@ def record(
     tell("running the reference")
     inputs = probes(subject.input_size, any_size=job.get("any_size", False))
     with _beside(Path(out)) as part:
-        recording = run_reference(job, inputs, python=python, timeout=timeout, keep=part)
+        recording = run_reference(job, inputs, python=python, timeout=timeout, memory=memory, keep=part)
         part.replace(out)
     return recording
 
@@ -83,10 +84,6 @@ def write_worker(
         (part / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
         write_inputs(probes(subject.input_size, any_size=job.get("any_size", False)), part)
         part.replace(folder)
-
-
-def _inputs(subject: Subject, job: Mapping[str, Any]) -> dict[str, Any]:
-    return probes(subject.input_size, any_size=job.get("any_size", False))
 
 
 @contextmanager

@@ -204,7 +204,9 @@ def test_a_long_page_is_quick(show, failing, change):
 
 
 def test_print(show, failing):
+    """Light, whatever the screen has."""
     browser = show(render_html(read_dossier(failing)), width=720, scheme="dark", media="print")
+    assert elements(browser, "body")[0].value_of_css_property("background-color").startswith("rgba(253")
     assert not elements(browser, "nav")[0].is_displayed()
     assert browser.execute_script(OVERFLOW) == [0, []]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from converters.errors import ReferenceFailed
-from converters.verifier.choice import REFERENCES, parse_reference, read_outputs
-from converters.verifier.subject import Subject
+from converters.errors import CheckpointError, ReferenceFailed
+from converters.verifier.choice import REFERENCES, make_job, open_source, parse_reference, read_outputs
+from converters.verifier.subject import Subject, read_subject
 from converters.verifier.worker import REFERENCES as FOLDER
 
 BLOCK = {"runner": "mmdet", "model": {"type": "Net", "depth": 18}, "outputs": {"features.4": "3"}}
@@ -120,3 +120,22 @@ def test_every_runner_can_be_chosen():
 
 def test_outputs_keep_their_order():
     assert list(read_outputs(["pre_logits=1", "logits=0"])) == ["pre_logits", "logits"]
+
+
+def test_a_job_is_of_the_state_dict_that_was_chosen(tmp_path):
+    """What --key or --no-ema chose stands in conversion.json, and opens the checkpoint again."""
+    import torch
+    from timm import create_model
+
+    from converters.conversion import convert
+
+    raw = create_model("resnet18", num_classes=0).state_dict()
+    other = {name: value + 1 for name, value in raw.items()}
+    torch.save({"student": raw, "teacher": {"module": other}}, tmp_path / "two.pth")
+    for key, wrappers in (("student", ["student"]), ("teacher", ["teacher", "module"])):
+        convert(tmp_path / "two.pth", tmp_path / key, target="resnet18", key=key)
+        subject = read_subject(tmp_path / key)
+        job = make_job({"runner": "timm"}, subject, open_source(subject, tmp_path / "two.pth"), trust=False)
+        assert subject.key == key and job["source"]["wrappers"] == wrappers and job["source"]["chosen"]
+    with pytest.raises(CheckpointError, match="holds several state dicts"):
+        open_source(replace(subject, key=None), tmp_path / "two.pth")

@@ -276,7 +276,11 @@ def test_layouts_and_orders_that_are_not_declared_are_unchecked_or_differ(record
 
 def test_a_declared_deviation_widens_what_it_names(record):
     torch.manual_seed(0)
-    parts = {"fc": nn.Linear(24, 24).double(), "norm": nn.LayerNorm(24, eps=1e-6).double(), "head": nn.Linear(24, 5).double()}
+    parts = {
+        "fc": nn.Linear(24, 24).double(),
+        "norm": nn.LayerNorm(24, eps=1e-6).double(),
+        "head": nn.Linear(24, 5).double(),
+    }
     pairs = [pair(name) for name in parts]
     recording = record(Chain(**parts), pairs)
     parts["norm"].eps = 1e-5

@@ -47,6 +47,10 @@ def test_reads_what_was_recorded(tmp_path):
         ({"about": json.dumps({**ABOUT, "input": "flop"})}, "its ops do not fit: `flop` is no op"),
         ({"about": json.dumps({**ABOUT, "ops": {"features.1": "b c -> c b c"}})}, "its ops do not fit: "),
         ({"about": json.dumps({**ABOUT, "ops": {"features.1": "b c h -> b h c"}})}, "does not take (2, 5)"),
+        ({"about": json.dumps({**ABOUT, "taps": [1]})}, "has taps that are no table of modules and numbers"),
+        ({"about": json.dumps({**ABOUT, "taps": {"probe": "x", "inputs": {"a": "?"}, "outputs": {}}})}, "no table of"),
+        ({"about": json.dumps({**ABOUT, "taps": {"probe": "z", "inputs": {}, "outputs": {}}})}, "z: taps of a probe"),
+        ({"about": json.dumps({**ABOUT, "modules": {"a": 1}})}, "has modules that are no tables"),
         ({"input.x": None, "input.y": PROBE, "labels.x": None}, "x: outputs without their probe"),
         ({"float32.x.features.1": None}, "x: a probe without an output"),
         ({"input.y": PROBE}, "y: a probe without an output"),
@@ -91,6 +95,29 @@ def test_hostile_members(tmp_path, members, words):
         for name, data in members:
             archive.writestr(name, data)
     refused(tmp_path / "a.npz", words)
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (npy("(2,)", bytes(8)), "tap.0: is float32, not float64"),
+        (npy("(1099511627776,)"), "tap.0: its header claims float32 (1099511627776,)"),
+        (b"\x80\x04", "is not a recording: "),
+        (None, "is not a recording: \"There is no item named 'tap.0.npy' in the archive\""),
+    ],
+)  # fmt: skip
+def test_taps_are_checked_when_they_are_asked_for(tmp_path, member, words):
+    about = {**ABOUT, "taps": {"probe": "x", "inputs": {}, "outputs": {"a": 0}}, "modules": {"a": {"kind": "ReLU"}}}
+    np.savez(tmp_path / "a.npz", **{**GOOD, "about": json.dumps(about)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        if member is not None:
+            archive.writestr("tap.0.npy", member)
+    recording = read_recording(tmp_path / "a.npz")
+    (tmp_path / "a.npz").rename(tmp_path / "b.npz")  # it is open already
+    assert recording.modules == {"a": {"kind": "ReLU"}} and "taps" not in recording.about
+    with pytest.raises(ReferenceFailed) as caught:
+        recording.taps.read(recording.taps.outputs["a"])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_hostile_archives(tmp_path):

@@ -95,7 +95,10 @@ def test_taps_that_tie_are_told_with_their_lines(pairs):
         ("taps: {'a.{i}': 'b.{j}'}", "{j} is captured nowhere on the left"),
         ("taps: {a: 'b | tokens'}", "`tokens` is no op"),
         ("deviation: [{where: '**.norm', attribute: eps, source: 1e-6, target: 1e-5, bound: 2, reason: r}]", "bound"),
-        ("deviation: [{where: 'a**', attribute: eps, source: 1, target: 1, bound: 0.1, reason: r}]", "more than one way"),
+        (
+            "deviation: [{where: 'a**', attribute: eps, source: 1, target: 1, bound: 0.1, reason: r}]",
+            "more than one way",
+        ),
     ],
 )
 def test_faults_in_the_table_name_their_line(family, text, words):

@@ -110,7 +110,7 @@ def test_framework_and_user_choose_between_state_dicts(runner, tmp_path):
     assert read_state({"source": raw}, "state_dict")["b.c"] == 1
 
 
-def test_a_saved_model_and_shards(resnet, runner, tmp_path):
+def test_a_saved_model_needs_trust(runner, tmp_path, monkeypatch):
     runner("torchvision")
     from torch_models import read_state
 
@@ -120,6 +120,17 @@ def test_a_saved_model_and_shards(resnet, runner, tmp_path):
     with pytest.raises(ValueError, match=r"safe mode refuses .* torch.nn.modules.linear.Linear; --trust allows it"):
         read_state(whole)
     assert read_state({**whole, "trust": True}).keys() == {"weight", "bias"}
+    monkeypatch.setattr(torch, "load", lambda path, map_location: model)
+    with pytest.raises(ValueError, match="has no safe mode to load the checkpoint in; --trust does without"):
+        read_state(whole)
+    assert read_state({**whole, "trust": True}).keys() == {"weight", "bias"}
+
+
+def test_shards(runner, tmp_path):
+    runner("torchvision")
+    from torch_models import read_state
+
+    model = torch.nn.Linear(2, 3)
     save_file({"weight": model.weight}, tmp_path / "1.safetensors")
     save_file({"bias": model.bias}, tmp_path / "2.safetensors")
     files = [str(tmp_path / name) for name in ("index.json", "1.safetensors", "2.safetensors")]

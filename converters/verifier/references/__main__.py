@@ -153,7 +153,7 @@ def _confine(limits: dict[str, Any]) -> None:
 
 
 def _refuse_network(event: str, args: Any) -> None:
-    if event in ("socket.connect", "socket.getaddrinfo"):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
         raise PermissionError("the reference asked for the network; it must find everything on this machine")
 
 

@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["surround", "write_weights"]
+__all__ = ["save_pretrained", "surround", "write_weights"]
 
 
 def write_weights(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> dict[str, Any]:
@@ -60,11 +60,16 @@ def _write_torch(model: Any, job: Mapping[str, Any]) -> None:
     if job["runner"].startswith("mm"):
         _save_mmlab(state, job)
     elif hasattr(model, "save_pretrained"):
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(job["out"])) as folder:
-            model.save_pretrained(folder, state_dict=state)
-            os.replace(os.path.join(folder, "model.safetensors"), job["out"])
+        save_pretrained(model, job["out"])
     else:
         torch.save(state, job["out"])
+
+
+def save_pretrained(model: Any, out: str) -> None:
+    """A transformers model's weights in one file, whose tensors its own saver names as it likes."""
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(out)) as folder:
+        model.save_pretrained(folder, max_shard_size="1TB")
+        os.replace(os.path.join(folder, "model.safetensors"), out)
 
 
 def _draw(name: str, value: Any, is_table: bool) -> Any:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from random_weights import surround
+from random_weights import save_pretrained, surround
 
 __all__ = ["list_tensors"]
 
@@ -41,6 +41,10 @@ def _list(runner: Any, job: Mapping[str, Any], path: str) -> dict[str, Any]:
             model = runner.construct(job)
     except Exception:  # some constructors compute with what they fill
         model = runner.construct(job)
+    if hasattr(model, "save_pretrained"):
+        model = model.to_empty(device="cpu")
+        save_pretrained(model, path)
+        return {"file": path}
     if not hasattr(model, "state_dict"):
         model.save_weights(path + ".weights.h5")
         return {"file": path + ".weights.h5"}

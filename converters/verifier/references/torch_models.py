@@ -7,6 +7,7 @@ other name is that of a module inside ("layer4"; "backbone.1" for the second of 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import pickle
 import re
 from collections import OrderedDict
@@ -161,12 +162,16 @@ def _load(path: str, trust: bool) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
+    has_safe_mode = "weights_only" in inspect.signature(torch.load).parameters  # torch has it from 1.13 on
+    if not (has_safe_mode or trust):
+        raise ValueError(f"torch {torch.__version__} has no safe mode to load the checkpoint in; --trust does without")
+    mode = {"weights_only": not trust} if has_safe_mode else {}
     parts = [name.rpartition(".") for name in INERT]
     stubs: list[Any] = [type(member, (_Inert,), {"__module__": module}) for module, _, member in parts]
     allow = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)  # torch has it from 2.5 on
     try:
         with allow(stubs):
-            return torch.load(path, map_location="cpu", weights_only=not trust)
+            return torch.load(path, map_location="cpu", **mode)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f", which would call {name[1]}" if name else ""
