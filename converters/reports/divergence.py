@@ -22,6 +22,9 @@ __all__ = ["divergence_lines", "summary_lines"]
 
 def summary_lines(verdict: Verdict) -> Iterator[tuple[str, str]]:
     """Labels and texts about the modules, whether they agree or not."""
+    for tap in verdict.taps:
+        if tap.target == verdict.culprit:
+            yield "fault", f"{tap.target}, from {tap.source} by line {tap.line} of the mapping"
     if verdict.taps:
         local = [tap for tap in verdict.taps if tap.local_error is not None]
         agree = sum(tap.passed for tap in verdict.taps)

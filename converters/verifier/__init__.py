@@ -26,7 +26,7 @@ from converters.verifier.probes import image_probes, probes
 from converters.verifier.recording import Recording, read_recording
 from converters.verifier.rounding import unrounded, with_errors
 from converters.verifier.subject import Subject, read_subject
-from converters.verifier.target import load_target, run_target, single_threaded
+from converters.verifier.target import blamed, load_target, run_target, single_threaded
 from converters.verifier.verdict import Verdict
 from converters.verifier.worker import run_reference
 
@@ -114,7 +114,7 @@ def verify(
 def _look_inside(recording: Recording, subject: Subject, weights: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict's taps, unchecked pairs and audit."""
     model = load_target(subject.directory, "float64", weights) if recording.taps else None
-    with single_threaded():
+    with single_threaded(), blamed(subject.directory, "its model cannot run the taps"):
         taps, unchecked = compare_taps(model, recording, subject.modules, subject.deviation)
     findings = audit(model, recording.modules, subject.modules, subject.deviation) if model else ()
     return {"taps": taps, "unchecked": unchecked, "audit": findings}

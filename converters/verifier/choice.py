@@ -72,8 +72,12 @@ def parse_reference(
         kinds = ["auto", *(f"{runner}:{what}" for runner, what in REFERENCES.items()), "RECORDING.npz"]
         raise ReferenceFailed(f"{printable(text)} is no reference", cure=f"give one of {', '.join(kinds)}")
     job = {"runner": runner, **_model(runner, name, subject, args or {}, elsewhere)}
-    job["outputs"] = read_outputs(outputs) or _outputs(runner, job, subject)
-    return job
+    own = block.get("runner", "")
+    if own == runner or (own.startswith("mm") and runner.startswith("mm")):
+        job = {**block, **job}  # what the mapping says of its own reference holds for another model of that framework
+    if "outputs" not in job or (runner == "keras" and "file" in job["model"]):
+        job["outputs"] = _first_output(runner, subject)
+    return {**job, "outputs": read_outputs(outputs) or job["outputs"]}
 
 
 def read_outputs(texts: Iterable[str]) -> dict[str, str]:
@@ -157,12 +161,7 @@ def _with_args(model: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, A
     return {**model, "args": {**model.get("args", {}), **args}} if args else dict(model)
 
 
-def _outputs(runner: str, job: Mapping[str, Any], subject: Subject) -> dict[str, str]:
-    """The mapping's outputs, where its own reference speaks of the same; else the first."""
-    block = subject.reference or {}
-    own = str(block.get("runner", "")) if "file" not in (job["model"] or {}) else ""
-    if own == runner or (own.startswith("mm") and runner.startswith("mm")):
-        return dict(block["outputs"])
+def _first_output(runner: str, subject: Subject) -> dict[str, str]:
     if subject.num_classes:
         return {"logits": "logits" if runner == "keras" else "0"}
     return {"forward_features": "0 | b h w c -> b c h w" if runner in CHANNELS_LAST else "0"}

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.errors import TargetError, printable
+from converters.errors import ConverterError, TargetError, printable
 from converters.verifier.recording import PRECISIONS, Activations
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_target", "run_model", "run_target", "single_threaded"]
+__all__ = ["blamed", "load_target", "run_model", "run_target", "single_threaded"]
 
 
 def run_target(
@@ -45,7 +45,7 @@ def run_target(
             model = load_target(directory, precision, weights)
             found[precision] = {}
             for probe, array in inputs.items():
-                with _blame(directory, f"its model cannot run {probe} {array.shape} in {precision}"):
+                with blamed(directory, f"its model cannot run {probe} {array.shape} in {precision}"):
                     found[precision][probe] = run_model(model, array.astype(precision), outputs)
     return found
 
@@ -55,7 +55,7 @@ def load_target(directory: Path, precision: str, weights: Mapping[str, Any] | No
     import timm
     import torch
 
-    with _blame(directory, f"timm cannot load it in {precision}"):
+    with blamed(directory, f"timm cannot load it in {precision}"):
         model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
         model = model.to(getattr(torch, precision))
         if weights:
@@ -100,10 +100,12 @@ def _outputs(model: Any, x: torch.Tensor, names: Sequence[str]) -> dict[str, tor
 
 
 @contextmanager
-def _blame(directory: Path, problem: str) -> Iterator[None]:
+def blamed(directory: Path, problem: str) -> Iterator[None]:
     """Any fault of timm's or torch's, as one line about the folder."""
     try:
         yield
+    except ConverterError:
+        raise
     except Exception as error:
         reason = printable(" ".join(f"{type(error).__name__}: {error}".split()), 400)
         raise TargetError(f"{problem}: {reason}", file=directory) from error

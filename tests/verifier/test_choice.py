@@ -79,6 +79,13 @@ def test_the_mappings_own_arguments_can_be_changed():
     assert KERAS["model"]["args"] == {"alpha": 0.5}
 
 
+def test_what_the_mapping_says_of_its_reference_holds_for_another_of_that_framework():
+    block = {**BLOCK, "input": "flip 1", "any_size": True}
+    job = parse_reference("mmseg:config.py", replace(SUBJECT, reference=block))
+    assert (job["input"], job["any_size"], job["outputs"]) == ("flip 1", True, BLOCK["outputs"])
+    assert "input" not in parse_reference("torchvision:net", replace(SUBJECT, reference=block))
+
+
 def test_paths_of_another_machine_stay_as_they_are():
     job = parse_reference("python:net.py:make", SUBJECT, elsewhere=True)
     assert job["model"]["module"] == "net.py"

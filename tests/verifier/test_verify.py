@@ -37,7 +37,9 @@ def test_faithful_weights_pass_in_float64(converted):
     verdict = verify(converted.folder, converted.source, progress=steps.append)
     assert verdict.passed and verdict.precision == "float64" and not verdict.warnings, str(verdict)
     assert {(c.output, c.probe) for c in verdict.comparisons} == {
-        (output, probe) for output in ("logits", "forward_features", "features.4") for probe in ("normal", "ramp")
+        (output, probe)
+        for output in ("logits", "forward_features", "features.4")
+        for probe in ("normal", "ramp", "picture")
     }
     assert max(max(c.sample_errors) for c in verdict.comparisons) < 1e-13
     written = json.loads((converted.folder / "verification.json").read_text())
@@ -107,7 +109,7 @@ def test_a_detectors_backbone_by_a_config_file(write_checkpoint, emit, tmp_path)
     config = tmp_path / "config.py"
     config.write_text("model = dict(type='FasterRCNN', backbone=dict(type='ResNet', depth=18))")
     verdict = verify(folder, source, reference=f"mmdet:{config}")
-    assert verdict.passed and verdict.precision == "float64" and len(verdict.comparisons) == 8, str(verdict)
+    assert verdict.passed and verdict.precision == "float64" and len(verdict.comparisons) == 12, str(verdict)
     assert verdict.reference["prefix"] == "backbone." and len(verdict.reference["unexpected"]) == 3
 
 

@@ -1,0 +1,124 @@
+"""Write COVERAGE.md: what has been shown of every target of every family, and when.
+
+    python tools/coverage.py [FAMILY...] [--all]
+
+checks the families (see converters/checking.py): every target is closed, and the smallest of each reference, or
+with --all each, is run against the source framework, with mutants. Results are kept in tools/coverage.json, from
+which the table is rendered; one of parity stays until its mapping changes. `--render` runs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from converters.checking import Case, Check, check
+from converters.mapping import find_mappings, load_mapping
+
+ROOT = Path(__file__).parents[1]
+RESULTS, TABLE = ROOT / "tools" / "coverage.json", ROOT / "COVERAGE.md"
+COLUMNS = ("family", "reference", "target", "outcome", "worst error", "smallest margin", "versions", "date")
+HEAD = """# Coverage
+
+What `timmport check` has shown, without anybody's weights. tools/coverage.py writes this file.
+
+- **exact**: random weights, written by the source framework's own saver, gave the same outputs and activations on
+  both sides. The worst error is relative to the largest value of a sample; 1e-10 passes. Mutants of the conversion
+  all failed, the one that is hardest to detect by the smallest margin, in multiples of what passes.
+- **closes**: every tensor that the source framework's model has is used or dropped for a written reason, and every
+  tensor of timm's has one origin; the functions were not compared.
+- **no reference**: the family names no model of the source framework that could be run.
+
+"""
+Row = dict[str, Any]
+
+
+def rows_of(found: Check, today: str) -> list[Row]:
+    """A row for each case."""
+    sha256 = hashlib.sha256(found.mapping.path.read_bytes()).hexdigest()
+    return [
+        {
+            "family": found.mapping.name,
+            "reference": case.runner,
+            "target": case.target,
+            "outcome": case.outcome,
+            "worst_error": case.worst_error,
+            "smallest_margin": case.smallest_margin,
+            "versions": versions_of(case),
+            "date": today,
+            "family_sha256": sha256,
+        }
+        for case in found.cases
+    ]
+
+
+def versions_of(case: Case) -> dict[str, str]:
+    framework = case.verdict.reference.get("framework", {}) if case.verdict else {}
+    kept = {name: framework[name] for name in (case.runner, "tensorflow") if name in framework}
+    return {**kept, "timm": version("timm"), "torch": version("torch").partition("+")[0]}
+
+
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """The new rows of their families; a parity that was shown for the same mapping is not forgotten."""
+    new = list(new)
+    shown = {identity(row): row for row in old if row["outcome"] == "exact"}
+    kept = [row for row in old if row["family"] not in {one["family"] for one in new}]
+    return sorted([*kept, *(_better(shown.get(identity(row)), row) for row in new)], key=lambda row: row["family"])
+
+
+def identity(row: Row) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("family", "reference", "target", "family_sha256"))
+
+
+def _better(shown: Row | None, row: Row) -> Row:
+    return shown if shown and row["outcome"] == "closes" else row
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """COVERAGE.md."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in results["rows"]:
+        versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+        error, margin = figure(row["worst_error"], ".1e"), figure(row["smallest_margin"], ".0e")
+        cells = (row["family"], row["reference"], row["target"], row["outcome"], error, margin, versions, row["date"])
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    lines += ["", "## Refused", ""]
+    lines += [f"- {family}: {reason}" for family, reasons in results["refused"].items() for reason in reasons]
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def figure(value: float | None, form: str) -> str:
+    return "" if value is None else "0" if value == 0 else f"{value:{form}}"
+
+
+def main(words: list[str]) -> int:
+    families = [word for word in words if not word.startswith("-")] or list(find_mappings())
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"rows": []}
+    worst = 0
+    for family in families if "--render" not in words else ():
+        found = check(family, everything="--all" in words, progress=lambda step, name=family: print(f"{name}: {step}"))
+        for finding in found.findings:
+            print(f"{family}:{finding.line}: {finding.severity} {finding.problem}")
+        for case in found.cases:
+            if case.outcome not in ("exact", "closes", "no reference"):
+                print(f"{family}: {case.target} {case.runner}: {case.outcome}: {case.detail}")
+        results["rows"] = merge(results["rows"], rows_of(found, date.today().isoformat()))
+        worst = max(worst, found.exit_code)
+    known = find_mappings()
+    results["rows"] = [row for row in results["rows"] if row["family"] in known]
+    refused = {name: [one.reason for one in load_mapping(name).refuse] for name in known}
+    results["refused"] = {name: reasons for name, reasons in refused.items() if reasons}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    TABLE.write_text(render(results), "utf-8")
+    print(f"{TABLE.name}: {len(results['rows'])} rows")
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
