@@ -48,6 +48,7 @@ class Case:
     outcome: str
     runner: str = ""
     line: int = 0  # of the reference
+    outputs: tuple[str, ...] = ()  # that it gives
     detail: str = ""
     parameters: int = 0
     seconds: float = 0.0  # that parity took
@@ -126,8 +127,8 @@ def check(
 
 
 def _case(mapping: Mapping, question: Question, outcome: str, detail: str) -> Case:
-    line = mapping.lines.of(*place_of(mapping, question.number))
-    return Case(question.target, outcome, question.block["runner"], line, detail, question.parameters)
+    line, block = mapping.lines.of(*place_of(mapping, question.number)), question.block
+    return Case(question.target, outcome, block["runner"], line, tuple(block["outputs"]), detail, question.parameters)
 
 
 def _not_built(mapping: Mapping, built: dict[Question, Any], answered: set[str]) -> Iterator[tuple[Question, Case]]:
@@ -141,9 +142,9 @@ def _not_built(mapping: Mapping, built: dict[Question, Any], answered: set[str])
 def _worth_proving(closings: Sequence[Closing], everything: bool) -> list[Closing]:
     """Those that close: all, or of each reference the one with the fewest parameters."""
     closed = [one for one in closings if one.outcome == "closes"]
-    smallest = {
-        one.question.number: one for one in sorted(closed, key=lambda one: one.question.parameters, reverse=True)
-    }
+    smallest: dict[int, Closing] = {}
+    for one in sorted(closed, key=lambda one: one.question.parameters):
+        smallest.setdefault(one.question.number, one)
     return closed if everything else list(smallest.values())
 
 

@@ -45,7 +45,7 @@ def rows_of(found: Check, today: str) -> list[Row]:
     return [
         {
             "family": found.mapping.name,
-            "reference": case.runner,
+            "reference": reference_of(case),
             "target": case.target,
             "outcome": case.outcome,
             "worst_error": case.worst_error,
@@ -56,6 +56,11 @@ def rows_of(found: Check, today: str) -> list[Row]:
         }
         for case in found.cases
     ]
+
+
+def reference_of(case: Case) -> str:
+    """The runner and what is compared: an output, or the first and the last of several."""
+    return ", ".join(dict.fromkeys([case.runner, *case.outputs[:1], *case.outputs[-1:]]))
 
 
 def versions_of(case: Case) -> dict[str, str]:
@@ -85,9 +90,9 @@ def render(results: Mapping[str, Any]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in results["rows"]:
         versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-        error, margin = figure(row["worst_error"], ".1e"), figure(row["smallest_margin"], ".0e")
-        cells = (row["family"], row["reference"], row["target"], row["outcome"], error, margin, versions, row["date"])
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        figures = figure(row["worst_error"], ".1e"), figure(row["smallest_margin"], ".0e")
+        cells = (row["family"], row["reference"], row["target"], row["outcome"], *figures, versions, row["date"])
+        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     lines += ["", "## Refused", ""]
     lines += [f"- {family}: {reason}" for family, reasons in results["refused"].items() for reason in reasons]
     return HEAD + "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from converters.verifier.verdict import Tap, Verdict
+from converters.verifier.verdict import Tap, Unchecked, Verdict
 
 __all__ = ["divergence_lines", "summary_lines"]
 
@@ -33,7 +33,8 @@ def summary_lines(verdict: Verdict) -> Iterator[tuple[str, str]]:
             text += f"; {sum(bool(tap.local_passed) for tap in local)} of {len(local)} on the reference's own input"
         yield "modules", text
     reasons: dict[str, list[str]] = {}
-    for one in [*verdict.unchecked, *(tap for tap in verdict.taps if tap.local_passed is None)]:
+    pairs: list[Tap | Unchecked] = [*verdict.unchecked, *(tap for tap in verdict.taps if tap.local_passed is None)]
+    for one in pairs:
         reasons.setdefault(str(one.reason), []).append(one.target)
     for reason, targets in reasons.items():
         more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""

@@ -71,6 +71,8 @@ def verify(
     if reference is not None and reference.endswith(".npz"):
         if images is not None:
             raise ReferenceFailed("is a recording, and images are none of its probes", file=reference)
+        if outputs or args:
+            raise ReferenceFailed("is a recording, and says itself what its outputs are", file=reference)
         recording = read_recording(reference)
         if keep is not None:
             shutil.copyfile(reference, keep)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from converters.errors import ConverterError
+from converters.verifier import verify
 from converters.verifier.probes import image_probes, probes
 
 CONFIG = {
@@ -72,3 +73,17 @@ def test_images_that_are_none(folder, files, words):
     with pytest.raises(ConverterError) as caught:
         image_probes(folder, folder / "images")
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_users_images_are_one_more_probe(converted, folder):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        noise = rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((160, 120)).save(folder / "images" / f"{number}.png")
+    verdict = verify(converted.folder, converted.source, images=folder / "images", taps=False)
+    found = {(one.output, one.probe): one for one in verdict.comparisons}
+    assert verdict.passed and {probe for _, probe in found} == {"normal", "ramp", "picture", "images"}
+    logits = found["logits", "images"]
+    assert len(logits.sample_errors) == 3 and logits.information["top5"] == 1.0
+    with pytest.raises(ConverterError, match="is a recording, and images are none of its probes"):
+        verify(converted.folder, converted.source, images=folder / "images", reference=str(converted.recording))

@@ -167,6 +167,7 @@ def test_the_command(home, tmp_path):
     assert document["recording"] == 1 and document["path"] == str(out)
     assert document["model"] == {"module": "zoo.py", "factory": "make", "args": {"num_classes": 10}}
     assert verify(home / "out", source, reference=str(out)).passed
+    refused(ReferenceFailed, "says itself", verify, home / "out", source, reference=str(out), outputs=["logits=1"])
     text = command(source, "--conversion", home / "out", *how[-2:], "--worker", tmp_path / "w")
     assert "references.pyz" in text and (tmp_path / "w" / "job.json").is_file()
     command(source, *how, code=2)

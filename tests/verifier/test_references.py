@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 from converters.errors import ReferenceFailed
 from converters.verifier.probes import probes
 from converters.verifier.recording import Recording, read_recording
-from converters.verifier.worker import run_reference
+from converters.verifier.worker import REFERENCES, run_reference
 
 MOBILENET = {
     "application": "MobileNetV2",
@@ -49,6 +53,34 @@ def test_keras_on_tensorflow_and_on_torch(mobilenet, monkeypatch):
     assert on_torch.about["notes"] == ["no float64: TypeError: Keras on torch computes parts of it in float32"]
     assert distance(on_torch, on_tensorflow, "float32", "logits") < 1e-5
     assert "tensorflow" not in on_torch.about["framework"]
+
+
+def test_keras_taps_come_in_parts_where_memory_is_little(mobilenet, tmp_path):
+    """As many runs as it takes, and the same arrays: what leaves one layer is what enters the next."""
+    worker = shutil.copytree(REFERENCES, tmp_path / "worker")
+    path = worker / "run_keras.py"
+    text = path.read_text()
+    assert text.count("AT_ONCE = 512 << 20") == 1
+    path.write_text(text.replace("AT_ONCE = 512 << 20", "AT_ONCE = 1 << 20"))
+    names = ["Conv1", "bn_Conv1", "block_3_expand", "block_3_expand_BN", "block_16_project", "Conv_1", "predictions"]
+    job = {"runner": "keras", "model": MOBILENET, "outputs": {"logits": "0"}, "source": {"file": str(mobilenet)}}
+    job["taps"] = {"inputs": [*names, "absent"], "outputs": [*names, "Conv1_relu", "block_16_project_BN"]}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    np.savez(tmp_path / "inputs.npz", normal=PROBES["normal"])
+    subprocess.run([sys.executable, worker, tmp_path], check=True, capture_output=True)
+    recording = read_recording(tmp_path / "recording.npz")
+    taps = recording.taps
+    assert list(taps.inputs) == names and set(taps.outputs) == {*names, "Conv1_relu", "block_16_project_BN"}
+    assert (
+        taps.inputs["bn_Conv1"] == taps.outputs["Conv1"]
+        and taps.inputs["Conv_1"] == taps.outputs["block_16_project_BN"]
+    )
+    np.testing.assert_array_equal(taps.read(taps.inputs["Conv1"]), PROBES["normal"].astype(np.float64))
+    assert taps.read(taps.outputs["block_3_expand"]).shape == (2, 48, 16, 16)
+    logits = recording.outputs["float64"]["normal"]["logits"]
+    np.testing.assert_array_equal(taps.read(taps.outputs["predictions"]), logits)
+    assert recording.modules["bn_Conv1"] == {"kind": "BatchNormalization", "eps": 0.001}
+    assert recording.modules["Conv1"]["padding"] == "same" and recording.modules["Conv1"]["stride"] == 2
 
 
 def test_keras_weights_of_another_model(mobilenet):
