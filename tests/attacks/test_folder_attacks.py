@@ -93,7 +93,7 @@ def metadata(data: bytes) -> Callable[[Path], None]:
 
 def many_shards(folder: Path) -> None:
     safetensors(folder)
-    write_index(folder, {str(i): f"{i}.safetensors" for i in range(1_000_000)})
+    write_index(folder, {str(i): f"{i}.safetensors" for i in range(200_000)})
 
 
 def huge_index(folder: Path) -> None:
@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "27 link to itself": (linked("model-2.safetensors"), "needs model-2.safetensors, which is missing"),
     "28 missing shard": (shard_named("model-3.safetensors"), "needs model-3.safetensors, which is missing"),
     "28 one shard for all": (shard_named("model-1.safetensors"), "v: is not in model-1.safetensors"),
-    "28 a million shards": (many_shards, "safetensors, which is missing"),
+    "28 very many shards": (many_shards, "safetensors, which is missing"),
     "41 a pipe": (fifo, "is not a regular file"),
     "index of a terabyte": (huge_index, "takes more than 100,000,000 bytes"),
     "os.system in .metadata": (metadata(pickle.dumps(Payload())), "its pickle names posix.system, which runs code"),
