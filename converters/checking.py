@@ -16,7 +16,7 @@ from typing import Any
 
 from converters.closing import Closing, Question, ask, build, close, place_of, unaided
 from converters.conversion import convert
-from converters.errors import ConverterError
+from converters.errors import ConverterError, MappingError
 from converters.lint import Finding, lint_closings, lint_file
 from converters.mapping import Mapping, load_mapping
 from converters.plan import Route, route
@@ -34,7 +34,8 @@ SUFFIXES = {"keras": ".weights.h5"}
 class Case:
     """A target with one of the references, and what came of it.
 
-    exact          the same function, and every mutant is another one
+    exact          the same function in float64, and every mutant is another one
+    nearly         the same, in float32 or within the deviation that the mapping declares; so are no mutants
     unproven       the same function, but so are mutants
     failed         another function, or none
     closes         every tensor has its place; no function was compared
@@ -102,6 +103,8 @@ def check(
     """
     tell = progress or (lambda step: None)
     mapping = load_mapping(family)
+    if foreign := [target for target in targets if target not in mapping.targets]:
+        raise MappingError(f"lists no target `{foreign[0]}`", file=mapping.path, cure="add it to `targets:`")
     findings = lint_file(mapping, RUNNERS)
     if not mapping.references:
         return Check(mapping, tuple(findings), tuple(Case(t, "no reference") for t in mapping.targets or ["any"]))
@@ -163,7 +166,8 @@ def _prove(
         done = convert(source, out, family=family, img_size=size, overwrite=True, allow_deviation=True)
         routes = route(mapping, done.checkpoint.specs)
         verdict = verify(out, source, mutants=True, **ways)
-        outcome = {"passed": "exact"}.get(verdict.outcome, verdict.outcome)
+        exact = verdict.precision == "float64" and not verdict.deviation
+        outcome = {"passed": "exact" if exact else "nearly"}.get(verdict.outcome, verdict.outcome)
         detail = str(verdict.mutants if outcome == "unproven" else verdict)
     except ConverterError as error:
         outcome, detail = "failed", str(error)

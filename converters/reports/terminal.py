@@ -19,8 +19,8 @@ from converters.errors import printable
 from converters.mapping import Mapping, find_mappings
 from converters.names import fold
 from converters.plan import Plan
-from converters.reports.divergence import divergence_lines, summary_lines
 from converters.readers import Checkpoint
+from converters.reports.divergence import divergence_lines, summary_lines
 
 if TYPE_CHECKING:
     from converters.checking import Check
@@ -46,7 +46,11 @@ __all__ = [
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _MOST_ROWS = 60
-_COLOURS = {"exact": "green", "closes": "green", "no reference": "dim", "refused": "yellow"}  # the others: red
+_COLOURS = {  # of what came of a target; the others are red
+    **dict.fromkeys(("exact", "closes"), "green"),
+    **dict.fromkeys(("nearly", "refused"), "yellow"),
+    "no reference": "dim",
+}
 
 
 @contextmanager
@@ -187,7 +191,7 @@ def show_check(check: Check) -> None:
     for case in check.cases:
         if case.outcome not in ("exact", "closes", "no reference"):
             text = "\n".join(escape(printable(line, 1000)) for line in case.detail.splitlines())
-            console.print(f"\n[red]{case.target}[/] {case.runner}: {text}")
+            console.print(f"\n[{_COLOURS.get(case.outcome, 'red')}]{case.target}[/] {case.runner}: {text}")
 
 
 def show_recording(recording: Recording, path: Path) -> None:

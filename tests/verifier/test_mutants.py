@@ -175,6 +175,11 @@ def test_a_comparison_that_sees_too_little_is_unproven(make: Make) -> None:
     assert found.document()["undetected"] == found.undetected
 
 
+def test_a_bound_that_lets_everything_pass_is_unproven(make: Make) -> None:
+    found = run_mutants(*make("test_resnet"), allowed=1e3)
+    assert not found.passed and found.undetected == len(found.mutants) and found.smallest_margin < 1e-2
+
+
 def test_a_float32_recording_has_the_power_too(make: Make) -> None:
     folder, recording = make("test_resnet")
     found = run_mutants(folder, replace(recording, outputs={"float32": recording.outputs["float32"]}))

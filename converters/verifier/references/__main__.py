@@ -15,7 +15,8 @@ and receives
     recording.npz  the probes and the model's outputs, as converters/verifier/recording.py reads them
     result.json    what the recording says about itself, or {"error": one line, "kind": exception}
 
-Exit code 0 is a recording, 1 an error. The ops are for whoever reads the recording; `files` lists a checkpoint
+Exit code 0 is a recording, 1 an error. A job with a `task`, one of TASKS, is done by the function of that name and
+has no probes and no recording. The ops are for whoever reads the recording; `files` lists a checkpoint
 that is more than one file, `wrappers` what lay around its state dict, and `chosen` says that the user asked for it.
 Paths of `source` are relative to JOB, unless CHECKPOINT says where it is. This folder stands alone: on another
 machine it needs Python 3.7, numpy and the framework, and nothing of `converters`. It opens no connection, and only

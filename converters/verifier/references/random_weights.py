@@ -91,7 +91,7 @@ def _calibrate(model: Any, batch: Any) -> None:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     model.eval()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
     momenta = {norm: norm.momentum for norm in norms}

@@ -55,7 +55,7 @@ def _list(runner: Any, job: Mapping[str, Any], path: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _without_memory() -> Iterator[None]:
     """torch's uninitialised tensors, which parameters are made of, take no memory and no time to fill."""
-    torch = sys.modules.get("torch")  # never to be imported beside another framework
+    torch: Any = sys.modules.get("torch")  # never to be imported beside another framework
     if torch is None:
         yield
         return
