@@ -3,8 +3,8 @@
     python tools/coverage.py [FAMILY...] [--all]
 
 checks the families (see converters/checking.py): every target is closed, and the smallest of each reference, or
-with --all each, is run against the source framework, with mutants. Results are kept in tools/coverage.json, from
-which the table is rendered; one of parity stays until its mapping changes. `--render` runs nothing.
+with --all each, is run against the source framework, with mutants. Results are kept in tools/coverage/, a file for
+each family, from which the table is rendered; one of parity stays until its mapping changes. `--render` runs nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from converters.checking import Case, Check, check
 from converters.mapping import find_mappings, load_mapping
 
 ROOT = Path(__file__).parents[1]
-RESULTS, TABLE = ROOT / "tools" / "coverage.json", ROOT / "COVERAGE.md"
+RESULTS, TABLE = ROOT / "tools" / "coverage", ROOT / "COVERAGE.md"
 COLUMNS = ("family", "reference", "target", "outcome", "worst error", "smallest margin", "versions", "date")
 HEAD = """# Coverage
 
@@ -71,11 +71,9 @@ def versions_of(case: Case) -> dict[str, str]:
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """The new rows of their families; a parity that was shown for the same mapping is not forgotten."""
-    new = list(new)
+    """The new rows of a family; a parity that was shown for the same mapping is not forgotten."""
     shown = {identity(row): row for row in old if row["outcome"] in ("exact", "nearly")}
-    kept = [row for row in old if row["family"] not in {one["family"] for one in new}]
-    return sorted([*kept, *(_better(shown.get(identity(row)), row) for row in new)], key=lambda row: row["family"])
+    return [_better(shown.get(identity(row)), row) for row in new]
 
 
 def identity(row: Row) -> tuple[str, ...]:
@@ -86,16 +84,29 @@ def _better(shown: Row | None, row: Row) -> Row:
     return shown if shown and row["outcome"] == "closes" else row
 
 
-def render(results: Mapping[str, Any]) -> str:
+def read_results() -> dict[str, list[Row]]:
+    """The rows of every family that there is, by its name."""
+    found = {name: RESULTS / f"{name}.json" for name in find_mappings()}
+    return {name: json.loads(path.read_text("utf-8")) for name, path in found.items() if path.is_file()}
+
+
+def write_results(family: str, rows: list[Row]) -> None:
+    """A row a line."""
+    path = RESULTS / f"{family}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", "utf-8")
+
+
+def render(results: Mapping[str, Iterable[Row]]) -> str:
     """COVERAGE.md."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for row in results["rows"]:
+    for row in (row for rows in results.values() for row in rows):
         versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
         figures = figure(row["worst_error"], ".1e"), figure(row["smallest_margin"], ".0e")
         cells = (row["family"], row["reference"], row["target"], row["outcome"], *figures, versions, row["date"])
         lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     lines += ["", "## Refused", ""]
-    lines += [f"- {family}: {reason}" for family, reasons in results["refused"].items() for reason in reasons]
+    lines += [f"- {family}: {one.reason}" for family in find_mappings() for one in load_mapping(family).refuse]
     return HEAD + "\n".join(lines) + "\n"
 
 
@@ -105,7 +116,6 @@ def figure(value: float | None, form: str) -> str:
 
 def main(words: list[str]) -> int:
     families = [word for word in words if not word.startswith("-")] or list(find_mappings())
-    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"rows": []}
     worst = 0
     for family in families if "--render" not in words else ():
         found = check(family, everything="--all" in words, progress=lambda step, name=family: print(f"{name}: {step}"))
@@ -114,15 +124,12 @@ def main(words: list[str]) -> int:
         for case in found.cases:
             if case.outcome not in ("exact", "nearly", "closes", "no reference"):
                 print(f"{family}: {case.target} {case.runner}: {case.outcome}: {case.detail}")
-        results["rows"] = merge(results["rows"], rows_of(found, date.today().isoformat()))
+        rows = rows_of(found, date.today().isoformat())
+        write_results(family, merge(read_results().get(family, []), rows))
         worst = max(worst, found.exit_code)
-    known = find_mappings()
-    results["rows"] = [row for row in results["rows"] if row["family"] in known]
-    refused = {name: [one.reason for one in load_mapping(name).refuse] for name in known}
-    results["refused"] = {name: reasons for name, reasons in refused.items() if reasons}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    results = read_results()
     TABLE.write_text(render(results), "utf-8")
-    print(f"{TABLE.name}: {len(results['rows'])} rows")
+    print(f"{TABLE.name}: {sum(map(len, results.values()))} rows")
     return worst
 
 
