@@ -20,9 +20,10 @@ from converters.names import prefixes, split
 from converters.plan import Plan, Problem, Route, make_plan, read_off, route
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
+from converters.signature import read_signature
 from converters.target import build_skeleton, is_known, traits_of
 
-__all__ = ["applies", "applying_families", "find_plan", "name_digest", "reference_of"]
+__all__ = ["applying_families", "find_plan", "name_digest", "reference_of"]
 
 _OPTIONAL = ("head", "fc.", "fc_norm.", "classifier", "last_linear", "norm.")
 
@@ -74,16 +75,12 @@ def find_plan(
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
     """The families whose `detect` names the checkpoint has, those for a few targets before those for any."""
-    found = [mapping for mapping in map(load_mapping, find_mappings()) if applies(mapping, checkpoint)]
+    found = []
+    for name, path in find_mappings().items():
+        signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
+        if signature.applies(checkpoint.tensors):
+            found.append(load_mapping(name))
     return sorted(found, key=lambda mapping: mapping.any_target)
-
-
-def applies(mapping: Family, checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint has the names by which the family is detected."""
-    names = [split(name) for name in checkpoint.tensors]
-    if mapping.strip:
-        names += [mapping.stripped(name) for name in checkpoint.tensors]
-    return all(any(p.match(name) for p in patterns for name in names) for patterns in mapping.detect)
 
 
 def reference_of(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> ReferenceFile | None:

@@ -18,20 +18,24 @@ __all__ = ["list_tensors"]
 
 
 def list_tensors(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> dict[str, Any]:
-    """For each of `models` ({"runner", "model", "prefix"}) what a checkpoint of it holds, or {"error": one line}.
+    """For each of `models` ({"runner", "model", "prefix"}) what a checkpoint of it holds, or
+    {"error": one line, "missing": whether it is for want of the framework}.
 
     That is {"tensors": {name: [shape, dtype]}} where names are the model's own, and {"file": path} of a
     checkpoint in the job's `folder` where the framework's saver makes them.
     """
-    found = []
+    found, missing = [], {}
     for number, model in enumerate(job["models"]):
         try:
+            if model["runner"] in missing:
+                raise missing[model["runner"]]
             found.append(_list(find_runner(model["runner"]), model, os.path.join(job["folder"], str(number))))
-        except ModuleNotFoundError:
-            raise  # nor will the others
+        except ModuleNotFoundError as error:
+            missing[model["runner"]] = error  # nor will the next
+            found.append({"error": f"{sys.executable} has no module {error.name!r}", "missing": True})
         except Exception as error:
             line = " ".join(f"{type(error).__name__}: {error}".split())
-            found.append({"error": line[:500]})
+            found.append({"error": line[:500], "missing": False})
     return {"models": found}
 
 
