@@ -22,8 +22,9 @@ from converters.tensors import LazyTensor, TensorSpec
 __all__ = ["READERS", "Checkpoint", "Contents", "Reader", "open_checkpoint"]
 
 READERS = (  # first to accept wins
-    *("safetensors", "saved_model", "tensorflow", "keras", "huggingface", "torch_distributed", "deepspeed", "orbax"),
-    *("npz", "torch_export", "torch_zip", "torch_legacy", "numpy_pickle", "onnx", "graph_def", "flax"),
+    *("safetensors", "tensorflow.saved_model", "tensorflow.checkpoint", "keras.checkpoint", "huggingface"),
+    *("torch.distributed", "torch.deepspeed", "jax.orbax", "numpy.npz", "torch.export", "torch.zip_file"),
+    *("torch.legacy", "numpy.pickled", "onnx", "tensorflow.graph_def", "jax.flax"),
 )
 
 
