@@ -116,7 +116,7 @@ def check(
         raise MappingError(f"lists no target `{foreign[0]}`", file=mapping.path, cure="add it to `targets:`")
     findings = lint_file(mapping, RUNNERS)
     if not mapping.references:
-        return Check(mapping, tuple(findings), tuple(Case(t, "no reference") for t in mapping.targets or ["any"]))
+        return Check(mapping, tuple(findings), tuple(Case(t, "no reference") for t in mapping.target_names))
     asked = [(target, number) for target in targets or mapping.targets for number in range(len(mapping.references))]
     with nullcontext(workers) if workers else Workers() as workers, TemporaryDirectory(prefix="timmport-") as name:
         ways: dict[str, Any] = {"python": python, "timeout": timeout, "workers": workers}
