@@ -51,7 +51,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["RUNNERS", "main"]
+__all__ = ["RUNNERS", "main", "serve"]
 
 RUNNERS = {
     "mmdet": "run_mmlab",
