@@ -51,7 +51,7 @@ class Signature:
 def read_signature(text: str) -> Signature | None:
     """That of a mapping file's text; None where only the whole file can tell, or what is wrong with it.
 
-    >>> bool(read_signature("targets: any\\ndetect:\\n  - [a.{i}, b]\\nrules: [").applies(["a.1.weight"]))
+    >>> bool(read_signature("targets: any\\ndetect:\\n  - a.{i}\\nrules: [").applies(["a.1.weight"]))
     True
     """
     try:
