@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from converters.closing import Closing, Unbuilt, ask, build, close, place_of, unaided
+from converters.closing import Closing, Question, Unbuilt, ask, build, close, place_of, pose, unaided
 from converters.conversion import convert
 from converters.errors import ConverterError, MappingError
 from converters.lint import Finding, lint_closings, lint_file
@@ -117,14 +117,15 @@ def check(
     findings = lint_file(mapping, RUNNERS)
     if not mapping.references:
         return Check(mapping, tuple(findings), tuple(Case(t, "no reference") for t in mapping.target_names))
-    asked = [(target, number) for target in targets or mapping.targets for number in range(len(mapping.references))]
     with nullcontext(workers) if workers else Workers() as workers, TemporaryDirectory(prefix="timmport-") as name:
         ways: dict[str, Any] = {"python": python, "timeout": timeout, "workers": workers}
         folder = Path(name)
-        tell(f"asking {len(asked)} references")
-        answers = _answer(mapping, asked, img_size or SIZE, folder, ways)
+        questions = list(ask(mapping, targets, img_size or SIZE))
+        tell(f"building {len(questions)} references")
+        answers = _answer(mapping, questions, folder, ways)
         if img_size is None:  # some want more than so small an image
-            answers |= _answer(mapping, [at for at, one in answers.items() if _unsettled(one)], None, folder, ways)
+            again = [pose(mapping, *at, None) for at, answer in answers.items() if _unsettled(answer)]
+            answers |= _answer(mapping, list(filter(None, again)), folder, ways)
         cases = dict(_cases(mapping, answers))
         closings = [one for one in answers.values() if isinstance(one, Closing)]
         seen = [(one.routes, one.plan) for one in closings]
@@ -133,20 +134,17 @@ def check(
             tell(f"proving {question.target}")
             case, routes = _prove(mapping, closing, folder, ways)
             if case.verdict is None and question.img_size and img_size is None:
-                whole = ask(mapping, question.target, question.number, None)
+                whole = pose(mapping, question.target, question.number, None)
                 case, routes = _prove(mapping, replace(closing, question=whole or question), folder, ways)
             cases[question.target, question.number] = case
             seen.append((routes, None))
     if not targets:
         findings += [*lint_closings(mapping, seen), *_idle(mapping, answers)]
-    return Check(mapping, tuple(findings), tuple(cases[at] for at in asked if at in cases))
+    return Check(mapping, tuple(findings), tuple(cases[at] for at in answers if at in cases))
 
 
-def _answer(
-    mapping: Mapping, asked: Sequence[Place], img_size: int | None, folder: Path, ways: dict[str, Any]
-) -> dict[Place, Answer]:
+def _answer(mapping: Mapping, questions: Sequence[Question], folder: Path, ways: dict[str, Any]) -> dict[Place, Answer]:
     """What becomes of each reference for each target."""
-    questions = list(filter(None, (ask(mapping, target, number, img_size) for target, number in asked)))
     return {
         (question.target, question.number): specs if isinstance(specs, Unbuilt) else close(mapping, question, specs)
         for question, specs in build(questions, folder, **ways).items()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from converters.tensors import LazyTensor, TensorSpec
 from converters.verifier.references.__main__ import RUNNERS
 from converters.verifier.worker import run_task
 
-__all__ = ["Closing", "Question", "Unbuilt", "ask", "build", "close", "place_of", "unaided"]
+__all__ = ["Closing", "Question", "Unbuilt", "ask", "build", "close", "place_of", "pose", "unaided"]
 
 CLASSES = 10  # of every classifier here
 
@@ -57,7 +57,15 @@ class Closing:
     plan: Plan | None
 
 
-def ask(mapping: Mapping, target: str, number: int, img_size: int | None) -> Question | None:
+def ask(mapping: Mapping, targets: Sequence[str], img_size: int | None) -> Iterator[Question]:
+    """Every target, or these, with every reference; see `pose`."""
+    for target in targets or mapping.targets:
+        for number in range(len(mapping.references)):
+            if question := pose(mapping, target, number, img_size):
+                yield question
+
+
+def pose(mapping: Mapping, target: str, number: int, img_size: int | None) -> Question | None:
     """A target with one of the references; `img_size` is for models that take any size.
 
     None where timm lacks the target or there is no such runner; the lint tells of it.
@@ -90,7 +98,7 @@ def build(questions: Sequence[Question], folder: Path, **ways: Any) -> dict[Ques
         job = {"task": "list_tensors", "runner": models[0]["runner"], "models": models, "folder": str(folder)}
         answers = run_task(job, **ways)["models"]
         found |= {question: _specs(answer) for question, answer in zip(group, answers, strict=True)}
-    return found
+    return {question: found[question] for question in questions}
 
 
 def _specs(answer: Dict[str, Any]) -> Dict[str, TensorSpec] | Unbuilt:
