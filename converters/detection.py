@@ -17,7 +17,7 @@ from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import prefixes, split
-from converters.plan import Plan, Problem, Route, make_plan, read_off, route
+from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.signature import read_signature
@@ -66,9 +66,9 @@ def find_plan(
                 if nearest is None or len(plan) < len(nearest[0]):
                     nearest = plan, mapping, architecture
             elif mapping.any_target and target is None:
-                closed.append(replace(plan, caveats=caveats))
+                closed.append(replace(plan, caveats=(*caveats, *plan.caveats)))
             else:
-                return replace(plan, caveats=caveats)
+                return replace(plan, caveats=(*caveats, *plan.caveats))
         if closed:
             return _only(closed, checkpoint)
     if inexpressible:
@@ -121,13 +121,13 @@ def _candidates(
         traits_of(target)
         yield target
     elif mapping.any_target:
-        yield from _by_names(checkpoint, routes)
+        yield from _by_names(mapping, checkpoint, routes)
     else:
         yield from (name for name in mapping.targets if is_known(name))  # an older timm lacks some
 
 
-def _by_names(checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
-    """The timm models that a timm checkpoint may be: the one that it names, or those with the same tensor names."""
+def _by_names(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
+    """The timm models that a checkpoint may be: the one that it names, or those with the names that its rules give."""
     named = checkpoint.metadata.get("arch") or checkpoint.metadata.get("architecture")
     if isinstance(named, str):
         try:
@@ -136,7 +136,7 @@ def _by_names(checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
         except TargetError:
             pass
     index = json.loads((mappings_folder() / "timm" / "index.json").read_text("utf-8"))
-    return index.get(name_digest(".".join(item.segments) for item in routes), [])
+    return index.get(name_digest(rendered(mapping, routes)), [])
 
 
 def name_digest(names: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from converters.errors import MappingError
 from converters.names import Match, Pattern, Template
 from converters.ops import IDENTITY, Pipeline
-from converters.schema import Deviation, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
 from converters.signature import Signature
 from converters.strict_yaml import Lines, load
 
@@ -89,6 +89,7 @@ class Fill:
     line: int
     pattern: Pattern
     value: int | float
+    reason: str = ""  # a caveat
 
     @property
     def text(self) -> str:
@@ -227,7 +228,8 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
-            Fill(lines.of("fill", text), pattern(text, "fill", text), value) for text, value in file.fill.items()
+            Fill(lines.of("fill", text), pattern(text, "fill", text), *_value(value))
+            for text, value in file.fill.items()
         ),
         enumerate=numbered,
         preprocess=file.preprocess,
@@ -238,6 +240,10 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         lines=lines,
         title=title,
     )
+
+
+def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
+    return (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
 
 
 def _check_op(name: str, text: str, lines: Lines) -> None:
