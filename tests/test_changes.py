@@ -129,14 +129,12 @@ def test_a_model_of_trained_windows_remembers_them(tmp_path: Path) -> None:
 
 def test_what_has_no_normalizer_is_told(tmp_path: Path) -> None:
     saved("mixer_s32_224", tmp_path / "source.pth")
-    with pytest.raises(
-        ConverterError, match="nothing brings timm's blocks.0.mlp_tokens.fc1.weight from 256x49 to 256x64"
-    ):
+    with pytest.raises(ConverterError, match=r"nothing brings timm's blocks\.0\..*fc1\.weight from 256x49 to 256x64"):
         convert(tmp_path / "source.pth", tmp_path / "out", img_size=256)
 
 
 def test_a_changed_function_is_not_verified(tmp_path: Path) -> None:
     saved("resnet18", tmp_path / "source.pth")
     convert(tmp_path / "source.pth", tmp_path / "out", args={"in_chans": 1})
-    with pytest.raises(ReferenceFailed, match="was changed on request .channels 3 -> 1, sum: conv1.weight"):
+    with pytest.raises(ReferenceFailed, match=r"was changed on request \(channels 3 -> 1, sum: conv1\.weight"):
         verify(tmp_path / "out", tmp_path / "source.pth", reference="timm:resnet18")
