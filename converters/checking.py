@@ -154,10 +154,11 @@ def _unsettled(answer: Answer) -> bool:
 def _cases(mapping: Mapping, answers: dict[Place, Answer]) -> Iterator[tuple[Place, Case]]:
     """What closes or does not, and the targets that no reference answers for."""
     answered = {target for (target, _), one in answers.items() if isinstance(one, Closing)}
+    unbuilt = {target for (target, _), one in answers.items() if isinstance(one, Unbuilt)}
     for (target, number), one in answers.items():
         if isinstance(one, Closing):
             yield (target, number), _case(mapping, one)
-        elif target not in answered:
+        elif target not in answered and (one or target not in unbuilt):
             reference = mapping.references[number]
             outcome = "not built" if one is None or one.installed else "not installed"
             detail = one.reason if one else "its checkpoint is not one that `when` speaks of"
