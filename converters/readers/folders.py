@@ -23,7 +23,7 @@ def find_beside(index: Path, name: Any) -> Path:
     path = index.parent / name
     if not path.exists():
         raise CheckpointError(f"needs {shown}, which is missing", file=index, cure="fetch it too, beside the others")
-    if hasattr(path, "source_file"):  # behind a URL, where there are no links
+    if hasattr(type(path), "source_file"):  # behind a URL, where there are no links
         return path
     folder, target = Path(os.path.realpath(index.parent)), Path(os.path.realpath(path))
     blobs = [one.parent.parent / "blobs" for one in (folder, *folder.parents) if one.parent.name == "snapshots"]
