@@ -60,6 +60,8 @@ class Plan:
     caveats: tuple[str, ...] = ()  # what the file cannot rule out; to be shown
     unchanged: Skeleton | None = None  # the source's own, where changes were asked for
     changes: tuple[Change, ...] = ()
+    preprocess: dict[str, Any] = field(default_factory=dict)  # the mapping's, and over it what the file says
+    bgr: bool = False  # whether the first convolution was turned, since the source takes BGR images
 
     @property
     def origins(self) -> dict[int, list[Step]]:
@@ -243,7 +245,9 @@ class _Draft:
             f"{', '.join(text for text, _ in fold(names))} {'is' if len(names) == 1 else 'are'} {value}: {reason}"
             for (reason, value), names in absent.items()
         )
-        return Plan(self.mapping, self.skeleton, tuple(steps), self.drops, tuple(caveats))
+        return Plan(
+            self.mapping, self.skeleton, tuple(steps), self.drops, tuple(caveats), preprocess=self.mapping.preprocess
+        )
 
     def _steps(self, gather: _Gather) -> list[Step]:
         """The steps of one gather, or none and a problem for each of its targets."""
