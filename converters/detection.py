@@ -166,7 +166,7 @@ def _plan_for(
 def _with_preprocessing(plan: Plan, checkpoint: Checkpoint, asked: _Asked) -> Plan:
     """The plan with what the file says of its model's input, or the user."""
     found = read_preprocessing(checkpoint.metadata)
-    plan = replace(plan, preprocess={**plan.preprocess, **found.values})
+    plan = replace(plan, preprocess={**plan.mapping.preprocess, **found.values})
     return take_bgr(plan) if (found.bgr if asked.ways.bgr is None else asked.ways.bgr) else plan
 
 

@@ -245,9 +245,7 @@ class _Draft:
             f"{', '.join(text for text, _ in fold(names))} {'is' if len(names) == 1 else 'are'} {value}: {reason}"
             for (reason, value), names in absent.items()
         )
-        return Plan(
-            self.mapping, self.skeleton, tuple(steps), self.drops, tuple(caveats), preprocess=self.mapping.preprocess
-        )
+        return Plan(self.mapping, self.skeleton, tuple(steps), self.drops, tuple(caveats))
 
     def _steps(self, gather: _Gather) -> list[Step]:
         """The steps of one gather, or none and a problem for each of its targets."""

@@ -67,4 +67,4 @@ def test_a_model_of_bgr_images_takes_rgb_in_timm(said: str, tmp_path: Path) -> N
     if meta:
         assert (config["mean"], config["std"]) == (RGB["mean"], [0.003922] * 3)
         resolved = timm.data.resolve_model_data_config(loaded)
-        assert resolved["mean"] == tuple(RGB["mean"]) and resolved["std"] == (0.003922,) * 3
+        assert (list(resolved["mean"]), list(resolved["std"])) == (RGB["mean"], [0.003922] * 3)
