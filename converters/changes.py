@@ -37,6 +37,7 @@ class Ways:
     resample: str = "timm"  # one of normalizers.WAYS
     classes: slice | tuple[int, ...] | None = None  # which of the source's classes are kept, in this order
     alpha: bool = False  # further input channels get no weight
+    bgr: bool | None = None  # whether the source takes BGR images; None: what the file says
 
     def __post_init__(self) -> None:
         if self.resample not in normalizers.WAYS:

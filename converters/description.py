@@ -58,7 +58,7 @@ def describe(
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
         "input_size": _input_size(plan.skeleton, img_size),
-        "preprocess": mapping.preprocess,
+        "preprocess": plan.preprocess,
         "reference": _reference(plan, checkpoint, img_size),
         "changes": [asdict(change) for change in plan.changes],
         "caveats": [*plan.caveats, *checkpoint.notes],
@@ -94,7 +94,7 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
 
     model = plan.skeleton.model
     channels, height, width = record["input_size"]
-    preprocess = dict(plan.mapping.preprocess)
+    preprocess = dict(plan.preprocess)
     for key in ("mean", "std"):
         values = list(preprocess.get(key, model.pretrained_cfg[key]))
         if channels == 1:
@@ -130,6 +130,8 @@ def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | list[int] | N
     block = fill_reference(reference, plan.mapping, own, _input_size(own, img_size))
     if plan.changes:
         block["outputs"] = {name: theirs for name, theirs in block["outputs"].items() if name != "logits"}
+    if plan.bgr:
+        block["input"] = "flip 1"
     return block if block["outputs"] else None
 
 

@@ -60,6 +60,8 @@ class Plan:
     caveats: tuple[str, ...] = ()  # what the file cannot rule out; to be shown
     unchanged: Skeleton | None = None  # the source's own, where changes were asked for
     changes: tuple[Change, ...] = ()
+    preprocess: dict[str, Any] = field(default_factory=dict)  # the mapping's, and over it what the file says
+    bgr: bool = False  # whether the first convolution was turned, since the source takes BGR images
 
     @property
     def origins(self) -> dict[int, list[Step]]:

@@ -49,6 +49,9 @@ def convert(
         str | None, typer.Option(metavar="N|rgba", help="Input channels, as timm adapts them; rgba ignores alpha.")
     ] = None,
     resample: Annotated[str, typer.Option(help="How sizes are changed: timm, bicubic or bilinear.")] = "timm",
+    bgr: Annotated[
+        bool | None, typer.Option("--bgr/--rgb", help="Which images the source takes; else what the file says.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="source, float32, float16 or bfloat16.")] = "source",
     expect_sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse any other content.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no tensor data.")] = False,
@@ -73,7 +76,7 @@ def convert(
         args["num_classes"] = num_classes
     if in_chans is not None:
         args["in_chans"] = channels(in_chans)
-    ways = Ways(resample, class_list(classes) if classes else None, alpha=in_chans == "rgba")
+    ways = Ways(resample, class_list(classes) if classes else None, alpha=in_chans == "rgba", bgr=bgr)
     with progress_bar("converting") as progress:
         conversion = convert_checkpoint(
             ckpt,
