@@ -66,7 +66,7 @@ def test_a_mapping_that_closes_and_is_wrong(mapping) -> None:
     document = check(mapping(HEAD + rows + REFERENCE), "--img-size", 64, code=3)
     assert outcomes(document) == [("test_resnet", "timm", "failed")]
     (case,) = document["cases"]
-    assert case["detail"].startswith("not the same function: logits on normal: error ")
+    assert case["detail"].startswith("not the same function: logits on mixed: error ")
     assert "layer3.0" in case["detail"] and case["verification"]["mutants"] is None
 
 
