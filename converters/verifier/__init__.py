@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from converters.card import note_verification
 from converters.errors import OutputError, ReferenceFailed
 from converters.verifier.audit import audit
 from converters.verifier.choice import make_job, open_source, parse_reference
@@ -120,6 +121,7 @@ def verify(
         proof = run_mutants(subject.directory, recording, weights=weights, allowed=allowed, models=models)
         verdict = replace(verdict, mutants=proof)
     _write(subject.directory / "verification.json", verdict.to_json())
+    note_verification(subject.directory, str(verdict).splitlines()[0])
     return verdict
 
 
