@@ -16,6 +16,7 @@ from converters.readers.files import is_url
 
 if TYPE_CHECKING:
     from converters.changes import Ways
+    from converters.detection import Nearest
     from converters.plan import Plan
     from converters.verifier.subject import Subject
 
@@ -41,6 +42,7 @@ class Inspection:
     checkpoint: Checkpoint
     plan: Plan | None  # if one closes
     reason: str = ""  # why none does
+    nearest: Nearest | None = None  # what it resembles, where none does
 
 
 def convert(
@@ -152,9 +154,11 @@ def inspect(source: str | os.PathLike[str], *, key: str | None = None, ema: bool
     Raises CheckpointError when it cannot be read.
     """
     checkpoint = open_checkpoint(source, key=key, ema=ema)
-    from converters.detection import find_plan
+    from converters.detection import find_nearest, find_plan
 
     try:
         return Inspection(checkpoint, find_plan(checkpoint))
-    except (PlanError, NotExpressible) as error:
+    except NotExpressible as error:
         return Inspection(checkpoint, None, str(error))
+    except PlanError as error:
+        return Inspection(checkpoint, None, str(error), find_nearest(checkpoint))
