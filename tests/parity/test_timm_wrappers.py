@@ -36,7 +36,7 @@ def test_a_model_that_gives_features(architecture: str, tmp_path: Path) -> None:
     args, behind = FEATURES[architecture]
     model = randomize(timm.create_model(architecture, features_only=True, **args))
     torch.save(model.state_dict(), tmp_path / "source.pth")
-    done = convert(tmp_path / "source.pth", tmp_path / "out")
+    done = convert(tmp_path / "source.pth", tmp_path / "out", target=architecture)
     filled = {step.target.name.rpartition(".")[0] for step in done.plan.steps if step.origin.fill is not None}
     assert done.plan.skeleton.architecture == architecture and filled == ({behind} - {""})
     assert bool(filled) == any("features_only=True" in caveat for caveat in done.plan.caveats)
