@@ -20,6 +20,7 @@ from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import prefixes, split
 from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
+from converters.preprocessing import read_preprocessing, take_bgr
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.signature import read_signature
@@ -145,18 +146,28 @@ def _plan_for(
         sizes.setdefault("img_size", asked.img_size)
     if exactly and not asked.ways.classes and not trained_windows(build_skeleton(architecture, given), sizes):
         plan = make_plan(mapping, routes, build_skeleton(architecture, given | sizes))
-        if isinstance(plan, Plan) or not sizes:
+        if isinstance(plan, Plan):
+            return _with_preprocessing(plan, checkpoint, asked)
+        if not sizes:
             return plan
     for _ in range(3):  # with other patches the grid is another one, and it may have another size
         skeleton = build_skeleton(architecture, given)
         plan = make_plan(mapping, routes, skeleton)
         if isinstance(plan, Plan):
+            plan = _with_preprocessing(plan, checkpoint, asked)
             return change(plan, sizes, asked.ways) if sizes or asked.ways.classes else plan
         more = {} if exactly else own_sizes(skeleton, plan)
         if not more:
             break
         given |= more
     return plan
+
+
+def _with_preprocessing(plan: Plan, checkpoint: Checkpoint, asked: _Asked) -> Plan:
+    """The plan with what the file says of its model's input, or the user."""
+    found = read_preprocessing(checkpoint.metadata)
+    plan = replace(plan, preprocess={**plan.mapping.preprocess, **found.values})
+    return take_bgr(plan) if (found.bgr if asked.ways.bgr is None else asked.ways.bgr) else plan
 
 
 def _candidates(
