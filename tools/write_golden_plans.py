@@ -11,7 +11,6 @@ of each of the family's references, or what SOURCES has for it.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
