@@ -57,7 +57,7 @@ def describe(
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
         "input_size": _input_size(plan, img_size),
-        "preprocess": mapping.preprocess,
+        "preprocess": _filled(mapping.preprocess, mapping.targets.get(skeleton.architecture, {})),
         "reference": _reference(plan, checkpoint, img_size),
         "caveats": [*plan.caveats, *checkpoint.notes],
         "deviation": _deviations(plan),
@@ -92,7 +92,7 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
 
     model = plan.skeleton.model
     channels, height, width = record["input_size"]
-    preprocess = dict(plan.mapping.preprocess)
+    preprocess = dict(record["preprocess"])
     for key in ("mean", "std"):
         values = preprocess.get(key, model.pretrained_cfg[key])
         preprocess[key] = list(values) if len(values) == channels else [values[0]] * channels

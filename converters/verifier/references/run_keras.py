@@ -1,27 +1,27 @@
 """Reference runner for Keras applications, and for saved models of the user's own.
 
-`model` is {"application": NAME, "args": {...}, "input": LAYER}: a constructor of keras.applications and its
-arguments. The model is built from that code and filled by its own `load_weights`, which reads no config. Or it is
+`model` is {"application": NAME, "args": {...}}: a constructor of keras.applications and its arguments. The model is built from that code and filled by its own `load_weights`, which reads no config. Or it is
 {"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
 without it an application stands in, if one is named too.
 It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
 
-The probe goes in as NHWC; `input`, if given, is the layer whose output it takes the place of (the last one of
-the preprocessing that some models hold). Outputs come as Keras lays them out: "0" is the model's own, "logits"
-the same without a softmax behind it, any other name is a layer's.
+The probe goes in as NHWC, behind the preprocessing that some models begin with. Outputs come as Keras lays them
+out: "0" is the model's own, "logits" the same without a softmax behind it, any other name is a layer's. A tap is
+what a layer gives before its own activation, if it holds one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
 import numpy as np
 
 __all__ = ["Modules", "build", "build_model", "construct"]
 
-AT_ONCE = 512 << 20  # bytes of activations that are held together
+PREPROCESSING = ("Normalization", "Rescaling")  # layers
 DECLARED = {
     "epsilon": "eps",
     "kernel_size": "kernel_size",
@@ -41,46 +41,48 @@ def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
     import keras
 
     model.load_weights(job["source"]["file"])
-    layer = job["model"].get("input")
     outputs = {name: _output(model, name) for name in job["outputs"]}
-    entry = model.get_layer(layer).output if layer else model.input
+    entry = _entry(model)
     graph = keras.Model(entry, outputs)
 
     def run(x: np.ndarray) -> dict[str, np.ndarray]:
         return _ask(graph, x)
 
-    run.modules = Modules(model, entry)  # type: ignore[attr-defined]
+    run.modules = Modules(model, run)  # type: ignore[attr-defined]
     return run, {"backend": keras.backend.backend()}
 
 
 class Modules:
     """A model's layers; see torch_modules.py. An activation of four axes is given as NCHW."""
 
-    def __init__(self, model: Any, entry: Any) -> None:
-        self.entry, self.layers = entry, {layer.name: layer for layer in model.layers}
+    def __init__(self, model: Any, run: Callable[[np.ndarray], Any]) -> None:
+        self.run, self.layers = run, {layer.name: layer for layer in _layers(model)}
 
     def watch(
         self, x: np.ndarray, inputs: Iterable[str], outputs: Iterable[str], keep: Callable[[str, str, Any], None]
     ) -> None:
-        """Run the model as often as its activations need to fit into memory, in the order of its layers."""
+        """Run the model; of a layer that is called more than once the first call counts."""
         import keras
 
-        wanted = {"input": set(inputs), "output": set(outputs)}
-        batches: list[dict[str, Any]] = [{}]
-        size = 0
-        for name, layer in self.layers.items():
-            for kind in wanted:
-                tensor = _first(getattr(layer, kind, None)) if name in wanted[kind] else None
-                if tensor is not None:
-                    size += len(x) * x.itemsize * int(np.prod([axis or 1 for axis in tensor.shape[1:]]))
-                    if size > AT_ONCE and batches[-1]:
-                        batches.append({})
-                        size = 0
-                    batches[-1][f"{kind} {name}"] = tensor
-        for batch in filter(None, batches):
-            for place, array in _ask(keras.Model(self.entry, batch), x).items():
-                kind, _, name = place.partition(" ")
+        seen = set()
+
+        def once(kind: str, name: str, value: Any) -> None:
+            if (kind, name) not in seen and hasattr(value, "shape"):
+                seen.add((kind, name))
+                array = keras.ops.convert_to_numpy(value)
                 keep(kind, name, array.transpose(0, 3, 1, 2) if array.ndim == 4 else array)
+
+        watched: list[tuple[Any, str, Any]] = []
+        for name in dict.fromkeys((*inputs, *outputs)):
+            if layer := self.layers.get(name):
+                watched += _watched(layer, name in inputs, name in outputs, once)
+        try:
+            for layer, attribute, function in watched:
+                object.__setattr__(layer, attribute, function)
+            self.run(x)
+        finally:
+            for layer, attribute, function in watched:
+                object.__setattr__(layer, attribute, function.__wrapped__)
 
     def describe(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What each of these layers declares, under torch's names."""
@@ -99,9 +101,46 @@ def _ask(graph: Any, x: np.ndarray) -> dict[str, np.ndarray]:
     return {name: keras.ops.convert_to_numpy(value) for name, value in given.items()}
 
 
-def _first(tensors: Any) -> Any:
-    """A layer's only tensor; one with several has none that stands for it."""
-    return None if isinstance(tensors, (list, tuple, dict)) else tensors
+def _entry(model: Any) -> Any:
+    """What reaches the first layer that is no preprocessing."""
+    entry = model.input
+    for layer in model.layers:
+        if type(layer).__name__ in PREPROCESSING and layer.input is entry:
+            entry = layer.output
+    return entry
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """The layers, and those of models among them."""
+    for layer in model.layers:
+        yield layer
+        yield from _layers(layer) if hasattr(layer, "layers") else ()
+
+
+def _watched(
+    layer: Any, gives_input: bool, gives_output: bool, once: Callable[[str, str, Any], None]
+) -> Iterator[tuple[Any, str, Any]]:
+    """The functions of the layer that are to be replaced, by ones that tell what they are given and give."""
+    holds_activation = bool(layer.weights) and callable(getattr(layer, "activation", None))
+
+    @wraps(layer.call)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if gives_input and args:
+            once("input", layer.name, args[0])
+        given = call.__wrapped__(*args, **kwargs)
+        if gives_output and not holds_activation:
+            once("output", layer.name, given)
+        return given
+
+    yield layer, "call", call
+    if holds_activation and gives_output:
+
+        @wraps(layer.activation)
+        def activate(x: Any) -> Any:
+            once("output", layer.name, x)
+            return activate.__wrapped__(x)
+
+        yield layer, "activation", activate
 
 
 def _plain(value: Any) -> Any:
