@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Modules", "build", "build_model", "construct"]
+__all__ = ["Modules", "behind_preprocessing", "build", "build_model", "construct"]
 
 PREPROCESSING = ("Normalization", "Rescaling")  # layers
 DECLARED = {
@@ -42,8 +42,7 @@ def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
 
     model.load_weights(job["source"]["file"])
     outputs = {name: _output(model, name) for name in job["outputs"]}
-    entry = _entry(model)
-    graph = keras.Model(entry, outputs)
+    graph = behind_preprocessing(model, outputs)
 
     def run(x: np.ndarray) -> dict[str, np.ndarray]:
         return _ask(graph, x)
@@ -101,13 +100,15 @@ def _ask(graph: Any, x: np.ndarray) -> dict[str, np.ndarray]:
     return {name: keras.ops.convert_to_numpy(value) for name, value in given.items()}
 
 
-def _entry(model: Any) -> Any:
-    """What reaches the first layer that is no preprocessing."""
+def behind_preprocessing(model: Any, outputs: Any) -> Any:
+    """The model of these outputs, from the first layer on that is no preprocessing."""
+    import keras
+
     entry = model.input
     for layer in model.layers:
         if type(layer).__name__ in PREPROCESSING and layer.input is entry:
             entry = layer.output
-    return entry
+    return keras.Model(entry, outputs)
 
 
 def _layers(model: Any) -> Iterator[Any]:
