@@ -65,7 +65,8 @@ def ask(mapping: Mapping, targets: Sequence[str], img_size: int | None) -> Itera
                 continue
             config = skeleton.model.pretrained_cfg
             asked = None if config.get("fixed_input_size") else img_size
-            size = [config["input_size"][0], asked, asked] if asked else list(config["input_size"])
+            own = mapping.preprocess.get("input_size", config["input_size"])
+            size = [own[0], asked, asked] if asked else list(own)
             block = fill_reference(reference, mapping, skeleton, size)
             parameters = sum(spec.numel for spec in skeleton.specs.values())
             yield Question(target, number, block, tuple(size), asked, parameters)

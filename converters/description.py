@@ -109,7 +109,7 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
 
 
 def _input_size(plan: Plan, img_size: int | None) -> list[int]:
-    size = list(plan.skeleton.model.pretrained_cfg["input_size"])
+    size = list(plan.mapping.preprocess.get("input_size", plan.skeleton.model.pretrained_cfg["input_size"]))
     size[0] = plan.skeleton.args.get("in_chans", size[0])
     if given := img_size or plan.skeleton.args.get("img_size"):
         size[1:] = [given, given] if isinstance(given, int) else list(given)
@@ -138,6 +138,7 @@ def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, s
         "runner": reference.runner,
         "model": _filled(reference.model, values),
         "outputs": reference.outputs,
+        **({"input": reference.input} if reference.input else {}),
         "any_size": not fixed,
     }
 

@@ -16,7 +16,7 @@ from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
-from converters.names import prefixes, split
+from converters.names import Pattern, split
 from converters.plan import Plan, Problem, Route, make_plan, read_off, route
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
@@ -90,8 +90,8 @@ def applying_families(checkpoint: Checkpoint) -> list[Family]:
 def applies(mapping: Family, checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint has the names by which the family is detected."""
     names = [split(name) for name in checkpoint.tensors]
-    if mapping.strip:
-        names += [mapping.stripped(name) for name in checkpoint.tensors]
+    if mapping.strip or mapping.renumber:
+        names += mapping.segments(checkpoint.tensors).values()
     return all(any(p.match(name) for p in patterns for name in names) for patterns in mapping.detect)
 
 
@@ -161,7 +161,7 @@ def _only(closed: list[Plan], checkpoint: Checkpoint) -> Plan:
 
 
 def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The reasons that the file can neither confirm nor rule out. Raises NotExpressible for one that it confirms."""
+    """What is to be told, and the reasons that the file can neither confirm nor rule out. Raises NotExpressible for one that it confirms."""
     routes = route(mapping, checkpoint.specs)
     unsure: list[Refusal] = []
     for refusal in mapping.refuse:
@@ -171,7 +171,13 @@ def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
             )
         if refusal.unless and not _holds(refusal.unless, checkpoint, routes):
             unsure.append(refusal)
-    return tuple(f"the file does not say whether {refusal.reason}; its tensors cannot tell" for refusal in unsure)
+    told = [
+        one.text
+        for one in mapping.caveat
+        if _holds(one.when, checkpoint, routes) and not (one.unless and _holds(one.unless, checkpoint, routes))
+    ]
+    cannot = [f"the file does not say whether {refusal.reason}; its tensors cannot tell" for refusal in unsure]
+    return (*told, *cannot)
 
 
 def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> bool:
@@ -180,7 +186,8 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
         texts = [when.metadata] if isinstance(when.metadata, str) else when.metadata
         if not any(_squeezed(text) in said for text in texts):
             return False
-    return when.source is None or split(when.source) in prefixes(item.segments for item in routes)
+    pattern = Pattern.parse(when.source) if when.source else None
+    return pattern is None or any(pattern.match(item.segments) for item in routes)
 
 
 def _squeezed(text: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from converters.errors import MappingError
 from converters.names import Match, Pattern, Template, split
+from converters.numbering import renumber
 from converters.ops import IDENTITY, Pipeline
-from converters.schema import Deviation, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import Caveat, Deviation, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -105,6 +106,7 @@ class Mapping:
     target_args: dict[str, Any]
     detect: tuple[tuple[Pattern, ...], ...]
     strip: tuple[Pattern, ...]
+    renumber: tuple[str, ...]
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
@@ -112,6 +114,7 @@ class Mapping:
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
+    caveat: tuple[Caveat, ...]
     taps: tuple[Rule, ...]
     deviation: tuple[tuple[Pattern, Deviation], ...]
     lines: Lines = field(repr=False)
@@ -130,6 +133,11 @@ class Mapping:
             if found and found.rest:
                 segments = found.rest
         return segments
+
+
+    def segments(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Every source name's segments as the rows see them: without prefixes, automatic names renumbered."""
+        return renumber({name: self.stripped(name) for name in names}, self.renumber)
 
 
 Row = TypeVar("Row", bound=Rule | Drop | Fill)
@@ -234,6 +242,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
             for i, one in enumerate(file.detect)
         ),
         strip=tuple(pattern(text.rstrip("./"), "strip", i) for i, text in enumerate(strip)),
+        renumber=tuple(file.renumber),
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
@@ -243,6 +252,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         preprocess=file.preprocess,
         references=tuple(references),
         refuse=tuple(file.refuse),
+        caveat=tuple(file.caveat),
         taps=tuple(rule("taps", left, [right], {}) for left, right in file.taps.items()),
         deviation=tuple((pattern(one.where, "deviation", i, "where"), one) for i, one in enumerate(file.deviation)),
         lines=lines,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from converters.strict_yaml import Lines
 
 __all__ = [
+    "Caveat",
     "Deviation",
     "DropFile",
     "Evidence",
@@ -46,7 +47,7 @@ class RowFile(_Strict):
 class Evidence(_Strict):
     """What a checkpoint shows of its origin: all that it names must be there."""
 
-    source: str | None = None  # a module or tensor
+    source: str | None = None  # a module or tensor, as a pattern
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
 
 
@@ -60,6 +61,7 @@ class ReferenceFile(_Strict):
     runner: str
     model: dict[str, Any]
     outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
+    input: str = ""  # ops that make timm's input of the reference's
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
 
@@ -77,6 +79,14 @@ class DropFile(_Strict):
 
     reason: Annotated[str, _SOME]
     only: Literal["zeros"]
+
+
+class Caveat(_Strict):
+    """What must be told of a conversion although its plan closes."""
+
+    text: Annotated[str, _SOME]
+    when: Evidence = Evidence()  # nothing: always
+    unless: Evidence | None = None
 
 
 class Deviation(_Strict):
@@ -99,14 +109,16 @@ class MappingFile(_Strict):
     rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]] = {}
     target_args: dict[str, Any] = {}
     strip: str | list[str] = []
+    renumber: list[str] = []  # what automatic names begin with; see numbering.py
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
     fill: dict[str, int | float] = {}
     enumerate: dict[str, str] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
-    preprocess: dict[str, Any] = {}
+    preprocess: dict[str, Any] = {}  # here too `$name` stands for a value of the target's row
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
+    caveat: list[Caveat] = []
     taps: dict[str, str] = {}  # source module: whose output timm's has, and ops that lay timm's out as the source's
     deviation: list[Deviation] = []
 

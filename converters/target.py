@@ -44,9 +44,10 @@ class Skeleton:
         return prefixes(map(split, self.specs))
 
     def number(self, pattern: Pattern) -> list[dict[str, int | str]]:
-        """The captures of every module that the pattern finds, in order of their numbers."""
-        found = {tuple(m.captures.items()) for name in self.specs if (m := pattern.match(split(name)))}
-        return [dict(captures) for captures in sorted(found, key=lambda c: [value for _, value in c])]
+        """The captures of every module that the pattern finds, in order of their numbers, else of the model."""
+        found = dict.fromkeys(tuple(m.captures.items()) for name in self.specs if (m := pattern.match(split(name))))
+        order = [[value for _, value in captures if isinstance(value, int)] for captures in found]
+        return [dict(captures) for _, captures in sorted(zip(order, found, strict=True), key=lambda one: one[0])]
 
 
 def is_known(architecture: str) -> bool:

@@ -21,7 +21,7 @@ MODULES = {
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("errors", "tensors"),
-    ("names", "ops", "strict_yaml"),
+    ("names", "numbering", "ops", "strict_yaml"),
     ("schema", "target", "readers"),
     ("mapping",),
     ("plan",),

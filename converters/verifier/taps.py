@@ -55,20 +55,22 @@ def pair_modules(plan: Plan, specs: Dict[str, TensorSpec]) -> tuple[Pair, ...]:
     """Every pair that the plan's rows make, in order of the target's names. Raises MappingError."""
     pairs: dict[tuple[str, str], list[Step]] = {}
     here, there = dict[str, set[str]](), dict[str, set[str]]()  # module: the targets of its tensors
+    names = plan.mapping.segments(specs)
+    single = {s.target.name: s for s in plan.steps if s.origin.rule and len(s.origin.sources) == s.origin.parts == 1}
     for step in plan.steps:
         if step.origin.rule:
             for name in step.origin.sources:
-                _note(here, plan.mapping.stripped(name), step)
+                _note(here, names[name], step)
             _note(there, split(step.target.name), step)
-            for pair in _carried(plan.mapping, step):
+            for pair in _carried(names[step.origin.sources[0]], step):
                 pairs.setdefault(pair, []).append(step)
     found = []
     for (source, target), steps in sorted(pairs.items(), key=lambda item: item[0][1]):
         rule = steps[0].origin.rule
         if rule and here[source] == there[target]:
             output, layout = _tapped(plan.mapping, source)
-            weights = [step for step in steps if step.target.name == f"{target}.weight"]
-            order = "".join(_order(step, specs) for step in weights)
+            weight = single.get(f"{target}.weight")
+            order = _order(plan.mapping, weight, specs) if weight else ""
             found.append(Pair(target, source, rule.line, output, layout, order))
     return tuple(found)
 
@@ -78,11 +80,11 @@ def _note(modules: dict[str, set[str]], name: tuple[str, ...], step: Step) -> No
         modules.setdefault(".".join(name[:end]), set()).add(step.target.name)
 
 
-def _carried(mapping: Mapping, step: Step) -> Iterator[tuple[str, str]]:
+def _carried(source: tuple[str, ...], step: Step) -> Iterator[tuple[str, str]]:
     """The modules around a tensor, from the one that its row names down to its own."""
     rule = step.origin.rule
     assert rule
-    source, target = mapping.stripped(step.origin.sources[0]), split(step.target.name)
+    target = split(step.target.name)
     match = rule.pattern.match(source)
     if match is None or step.origin.parts > 1 or len(step.origin.sources) > 1:
         return
@@ -106,13 +108,19 @@ def _tapped(mapping: Mapping, source: str) -> tuple[str, str]:
     return ".".join((*split(name), *match.rest)), way.ops.text
 
 
-def _order(weight: Step, specs: Dict[str, TensorSpec]) -> str:
+def _order(mapping: Mapping, weight: Step, specs: Dict[str, TensorSpec]) -> str:
     """The row's own ops, which come behind those of the leaf's layout, if they keep the weight's shape."""
     rule, ops = weight.origin.rule, weight.origin.ops.ops
     shapes = [specs[name].shape for name in weight.origin.sources]
     for way in rule.ways if rule else ():
-        before = len(ops) - len(way.ops.ops)
+        before = len(ops) - len(way.ops.ops) or _layout_in(mapping, weight.origin.sources[0], way.ops)
         if way.ops != IDENTITY and ops[before:] == way.ops.ops:
             laid_out = Pipeline(ops[:before]).shapes(shapes)
-            return way.ops.text if laid_out == [weight.target.shape] else ""
+            return Pipeline(ops[before:]).text if laid_out == [weight.target.shape] else ""
     return ""
+
+
+def _layout_in(mapping: Mapping, source: str, ops: Pipeline) -> int:
+    """How many of a tensor's ops are the layout of its leaf, which the row has to spell out."""
+    layouts = [leaf.ops.ops for leaf in mapping.leaves.get(split(source)[-1], ())]
+    return next((len(layout) for layout in layouts if layout and ops.ops[: len(layout)] == layout), 0)

@@ -6,15 +6,16 @@ without it an application stands in, if one is named too.
 It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
 
 The probe goes in as NHWC, behind the preprocessing that some models begin with. Outputs come as Keras lays them
-out: "0" is the model's own, "logits" the same without a softmax behind it, any other name is a layer's. A tap is
-what a layer gives before its own activation, if it holds one.
+out: "0" is the model's own, "logits" the same without a softmax behind it, any other name is a layer's, and `NAME>`
+that of the layer behind it, which may have no name to count on. A tap is what a layer gives before its own
+activation, if it holds one.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,11 @@ class Modules:
     """A model's layers; see torch_modules.py. An activation of four axes is given as NCHW."""
 
     def __init__(self, model: Any, run: Callable[[np.ndarray], Any]) -> None:
-        self.run, self.layers = run, {layer.name: layer for layer in _layers(model)}
+        self.model, self.run, self.layers = model, run, {layer.name: layer for layer in _layers(model)}
+
+    def find(self, name: str) -> Any:
+        """The layer of that name, or None."""
+        return _behind(self.model, name[:-1]) if name.endswith(">") else self.layers.get(name)
 
     def watch(
         self, x: np.ndarray, inputs: Iterable[str], outputs: Iterable[str], keep: Callable[[str, str, Any], None]
@@ -65,22 +70,22 @@ class Modules:
 
         seen = set()
 
-        def once(kind: str, name: str, value: Any) -> None:
+        def once(name: str, kind: str, value: Any) -> None:
             if (kind, name) not in seen and hasattr(value, "shape"):
                 seen.add((kind, name))
                 array = keras.ops.convert_to_numpy(value)
                 keep(kind, name, array.transpose(0, 3, 1, 2) if array.ndim == 4 else array)
 
         watched: list[tuple[Any, str, Any]] = []
-        for name in dict.fromkeys((*inputs, *outputs)):
-            if layer := self.layers.get(name):
-                watched += _watched(layer, name in inputs, name in outputs, once)
         try:
-            for layer, attribute, function in watched:
-                object.__setattr__(layer, attribute, function)
+            for name in dict.fromkeys((*inputs, *outputs)):
+                kinds = [kind for kind, asked in (("input", inputs), ("output", outputs)) if name in asked]
+                for one in _watched(self.find(name), kinds, partial(once, name)):
+                    watched.append(one)
+                    object.__setattr__(*one)
             self.run(x)
         finally:
-            for layer, attribute, function in watched:
+            for layer, attribute, function in reversed(watched):
                 object.__setattr__(layer, attribute, function.__wrapped__)
 
     def describe(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -118,27 +123,34 @@ def _layers(model: Any) -> Iterator[Any]:
         yield from _layers(layer) if hasattr(layer, "layers") else ()
 
 
-def _watched(
-    layer: Any, gives_input: bool, gives_output: bool, once: Callable[[str, str, Any], None]
-) -> Iterator[tuple[Any, str, Any]]:
+def _behind(model: Any, name: str) -> Any:
+    """The first layer that takes what the layer of that name gives, and nothing else."""
+    given = next((layer.output for layer in model.layers if layer.name == name), None)
+    takers = (layer for layer in model.layers if given is not None and getattr(layer, "input", None) is given)
+    return next(takers, None)
+
+
+def _watched(layer: Any, kinds: list[str], once: Callable[[str, Any], None]) -> Iterator[tuple[Any, str, Any]]:
     """The functions of the layer that are to be replaced, by ones that tell what they are given and give."""
+    if layer is None:
+        return
     holds_activation = bool(layer.weights) and callable(getattr(layer, "activation", None))
 
     @wraps(layer.call)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if gives_input and args:
-            once("input", layer.name, args[0])
+        if "input" in kinds and args:
+            once("input", args[0])
         given = call.__wrapped__(*args, **kwargs)
-        if gives_output and not holds_activation:
-            once("output", layer.name, given)
+        if "output" in kinds and not holds_activation:
+            once("output", given)
         return given
 
     yield layer, "call", call
-    if holds_activation and gives_output:
+    if holds_activation and "output" in kinds:
 
         @wraps(layer.activation)
         def activate(x: Any) -> Any:
-            once("output", layer.name, x)
+            once("output", x)
             return activate.__wrapped__(x)
 
         yield layer, "activation", activate
@@ -151,6 +163,8 @@ def _plain(value: Any) -> Any:
 
 
 def _output(model: Any, name: str) -> Any:
+    if name.endswith(">"):
+        return _behind(model, name[:-1]).output
     if name not in ("0", "logits"):
         return model.get_layer(name).output
     last = model.output._keras_history.operation
