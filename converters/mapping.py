@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from converters.errors import MappingError
-from converters.names import Match, Pattern, Template, split
-from converters.numbering import renumber
+from converters.names import Match, Pattern, Template
 from converters.ops import IDENTITY, Pipeline
-from converters.schema import Caveat, Deviation, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.signature import Signature
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -89,6 +89,7 @@ class Fill:
     line: int
     pattern: Pattern
     value: int | float
+    reason: str = ""  # a caveat
 
     @property
     def text(self) -> str:
@@ -96,7 +97,7 @@ class Fill:
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Mapping(Signature):
     """A family, ready to plan with."""
 
     name: str  # "mmlab/swin", or the path of a file of the user's own
@@ -104,9 +105,6 @@ class Mapping:
     any_target: bool  # whether every timm model may be one
     targets: dict[str, dict[str, Any]]  # with what builds the reference of each
     target_args: dict[str, Any]
-    detect: tuple[tuple[Pattern, ...], ...]
-    strip: tuple[Pattern, ...]
-    renumber: tuple[str, ...]
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
@@ -114,7 +112,7 @@ class Mapping:
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
-    caveat: tuple[Caveat, ...]
+    caveat: str
     taps: tuple[Rule, ...]
     deviation: tuple[tuple[Pattern, Deviation], ...]
     lines: Lines = field(repr=False)
@@ -124,20 +122,6 @@ class Mapping:
     def target_names(self) -> list[str]:
         """Its targets; "any" where every timm model is one."""
         return ["any"] if self.any_target else list(self.targets)
-
-    def stripped(self, name: str) -> tuple[str, ...]:
-        """A source name's segments without the prefixes that the family may carry."""
-        segments = split(name)
-        for prefix in self.strip:
-            found = prefix.match(segments)
-            if found and found.rest:
-                segments = found.rest
-        return segments
-
-
-    def segments(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Every source name's segments as the rows see them: without prefixes, automatic names renumbered."""
-        return renumber({name: self.stripped(name) for name in names}, self.renumber)
 
 
 Row = TypeVar("Row", bound=Rule | Drop | Fill)
@@ -168,7 +152,7 @@ def mappings_folder() -> Path:
 def find_mappings() -> dict[str, Path]:
     """Every family that ships, by name."""
     folder = mappings_folder()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def load_mapping(family: str) -> Mapping:
@@ -246,18 +230,23 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
-            Fill(lines.of("fill", text), pattern(text, "fill", text), value) for text, value in file.fill.items()
+            Fill(lines.of("fill", text), pattern(text, "fill", text), *_value(value))
+            for text, value in file.fill.items()
         ),
         enumerate=numbered,
         preprocess=file.preprocess,
         references=tuple(references),
         refuse=tuple(file.refuse),
-        caveat=tuple(file.caveat),
+        caveat=file.caveat,
         taps=tuple(rule("taps", left, [right], {}) for left, right in file.taps.items()),
         deviation=tuple((pattern(one.where, "deviation", i, "where"), one) for i, one in enumerate(file.deviation)),
         lines=lines,
         title=title,
     )
+
+
+def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
+    return (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
 
 
 def _check_op(name: str, text: str, lines: Lines) -> None:

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from converters.strict_yaml import Lines
 
 __all__ = [
-    "Caveat",
     "Deviation",
     "DropFile",
     "Evidence",
+    "FillFile",
     "MappingFile",
     "ReferenceFile",
     "Refusal",
@@ -81,12 +81,11 @@ class DropFile(_Strict):
     only: Literal["zeros"]
 
 
-class Caveat(_Strict):
-    """What must be told of a conversion although its plan closes."""
+class FillFile(_Strict):
+    """A value for what the source does not have although timm computes with it; the report carries the reason."""
 
-    text: Annotated[str, _SOME]
-    when: Evidence = Evidence()  # nothing: always
-    unless: Evidence | None = None
+    value: int | float
+    reason: Annotated[str, _SOME]
 
 
 class Deviation(_Strict):
@@ -112,13 +111,13 @@ class MappingFile(_Strict):
     renumber: list[str] = []  # what automatic names begin with; see numbering.py
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
-    fill: dict[str, int | float] = {}
+    fill: dict[str, int | float | FillFile] = {}
     enumerate: dict[str, str] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     preprocess: dict[str, Any] = {}  # here too `$name` stands for a value of the target's row
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
-    caveat: list[Caveat] = []
+    caveat: str = ""  # what must be told although plans close
     taps: dict[str, str] = {}  # source module: whose output timm's has, and ops that lay timm's out as the source's
     deviation: list[Deviation] = []
 

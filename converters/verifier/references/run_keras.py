@@ -1,8 +1,9 @@
 """Reference runner for Keras applications, and for saved models of the user's own.
 
-`model` is {"application": NAME, "args": {...}}: a constructor of keras.applications and its arguments. The model is built from that code and filled by its own `load_weights`, which reads no config. Or it is
-{"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
-without it an application stands in, if one is named too.
+`model` is {"application": NAME, "args": {...}}: a constructor of keras.applications and its arguments. The model is
+built from that code and filled by its own `load_weights`, which reads no config. Or it is {"file": PATH}, a whole
+saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only; without it an application
+stands in, if one is named too.
 It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
 
 The probe goes in as NHWC, behind the preprocessing that some models begin with. Outputs come as Keras lays them
