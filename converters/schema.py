@@ -61,7 +61,6 @@ class ReferenceFile(_Strict):
     runner: str
     model: dict[str, Any]
     outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
-    input: str = ""  # ops that make timm's input of the reference's
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
 
@@ -114,7 +113,7 @@ class MappingFile(_Strict):
     fill: dict[str, int | float | FillFile] = {}
     enumerate: dict[str, str] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
-    preprocess: dict[str, Any] = {}  # here too `$name` stands for a value of the target's row
+    preprocess: dict[str, Any] = {}  # timm's settings, or `bgr: true`; `$name` stands for a value of the target's row
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
     caveat: str = ""  # what must be told although plans close

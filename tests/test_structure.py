@@ -21,11 +21,12 @@ MODULES = {
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("errors", "tensors"),
-    ("names", "numbering", "ops", "strict_yaml"),
+    ("names", "numbering", "ops", "strict_yaml", "values"),
+    ("normalizers",),
     ("schema", "signature", "target", "readers"),
     ("mapping",),
     ("plan",),
-    ("diagnosis", "emitter", "lint", "verifier"),
+    ("changes", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
     ("detection",),
     ("description",),
     ("closing", "conversion", "differences"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from converters.errors import CheckpointError, printable
-from converters.ops import OpError, Pipeline
+from converters.ops import CALCULATING, OpError, Pipeline
 from converters.readers import Checkpoint
 from converters.tensors import to_torch
 from converters.verifier.subject import Subject
@@ -41,7 +41,7 @@ def unrounded(subject: Subject, checkpoint: Checkpoint) -> tuple[dict[str, Any],
     calculated = {
         name
         for name, origin in subject.tensors.items()
-        if "from" in origin and not Pipeline.parse(origin["ops"]).lossless
+        if CALCULATING & {op.split()[0] for op in origin.get("ops", "").split("|") if op.strip()}
     }
     if subject.dtype == "source" and not calculated:
         return {}, None

@@ -56,7 +56,6 @@ def pair_modules(plan: Plan, specs: Dict[str, TensorSpec]) -> tuple[Pair, ...]:
     pairs: dict[tuple[str, str], list[Step]] = {}
     here, there = dict[str, set[str]](), dict[str, set[str]]()  # module: the targets of its tensors
     names = plan.mapping.segments(specs)
-    single = {s.target.name: s for s in plan.steps if s.origin.rule and len(s.origin.sources) == s.origin.parts == 1}
     for step in plan.steps:
         if step.origin.rule:
             for name in step.origin.sources:
@@ -69,8 +68,8 @@ def pair_modules(plan: Plan, specs: Dict[str, TensorSpec]) -> tuple[Pair, ...]:
         rule = steps[0].origin.rule
         if rule and here[source] == there[target]:
             output, layout = _tapped(plan.mapping, source)
-            weight = single.get(f"{target}.weight")
-            order = _order(plan.mapping, weight, specs) if weight else ""
+            weights = [step for step in steps if step.target.name == f"{target}.weight"]
+            order = "".join(_order(step, specs) for step in weights)
             found.append(Pair(target, source, rule.line, output, layout, order))
     return tuple(found)
 
@@ -108,19 +107,13 @@ def _tapped(mapping: Mapping, source: str) -> tuple[str, str]:
     return ".".join((*split(name), *match.rest)), way.ops.text
 
 
-def _order(mapping: Mapping, weight: Step, specs: Dict[str, TensorSpec]) -> str:
+def _order(weight: Step, specs: Dict[str, TensorSpec]) -> str:
     """The row's own ops, which come behind those of the leaf's layout, if they keep the weight's shape."""
     rule, ops = weight.origin.rule, weight.origin.ops.ops
     shapes = [specs[name].shape for name in weight.origin.sources]
     for way in rule.ways if rule else ():
-        before = len(ops) - len(way.ops.ops) or _layout_in(mapping, weight.origin.sources[0], way.ops)
+        before = len(ops) - len(way.ops.ops)
         if way.ops != IDENTITY and ops[before:] == way.ops.ops:
             laid_out = Pipeline(ops[:before]).shapes(shapes)
-            return Pipeline(ops[before:]).text if laid_out == [weight.target.shape] else ""
+            return way.ops.text if laid_out == [weight.target.shape] else ""
     return ""
-
-
-def _layout_in(mapping: Mapping, source: str, ops: Pipeline) -> int:
-    """How many of a tensor's ops are the layout of its leaf, which the row has to spell out."""
-    layouts = [leaf.ops.ops for leaf in mapping.leaves.get(split(source)[-1], ())]
-    return next((len(layout) for layout in layouts if layout and ops.ops[: len(layout)] == layout), 0)
