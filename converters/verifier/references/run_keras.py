@@ -1,9 +1,9 @@
 """Reference runner for Keras applications, and for saved models of the user's own.
 
 `model` is {"application": NAME, "args": {...}}: a constructor of keras.applications and its arguments. The model is
-built from that code and filled by its own `load_weights`, which reads no config. Or it is {"file": PATH}, a whole
-saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only; without it an application
-stands in, if one is named too.
+built from that code and filled by its own `load_weights`, which reads no config, or by TensorFlow's `restore`. Or it
+is {"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
+without it an application stands in, if one is named too.
 It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
 
 The probe goes in as NHWC, behind the preprocessing that some models begin with. Outputs come as Keras lays them
@@ -15,6 +15,7 @@ activation, if it holds one.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, wraps
 from typing import Any
@@ -38,11 +39,16 @@ DECLARED = {
 
 def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
     """The application with the file's weights."""
+    path = job["source"]["file"]
+    weights = None if path.endswith((".keras", ".h5", ".hdf5")) else _restored(job["model"], path)
     whole = "file" in job["model"] and (job.get("trust") or "application" not in job["model"])
     model = _saved(job, precision) if whole else build_model(job["model"], precision)
     import keras
 
-    model.load_weights(job["source"]["file"])
+    if weights is None:
+        model.load_weights(path)
+    else:
+        model.set_weights(weights)
     outputs = {name: _output(model, name) for name in job["outputs"]}
     graph = behind_preprocessing(model, outputs)
 
@@ -185,6 +191,24 @@ def build_model(config: Mapping[str, Any], precision: str) -> Any:
     """The application as its constructor leaves it."""
     keras = _keras(precision)
     return getattr(keras.applications, config["application"])(**{"weights": None, **config.get("args", {})})
+
+
+def _restored(config: Mapping[str, Any], path: str) -> list[np.ndarray]:
+    """The application's weights from an object-based checkpoint of TensorFlow's, or from an exported SavedModel."""
+    model = build_model(config, "float32")
+    import tensorflow as tf
+
+    folder = os.path.dirname(path) if os.path.basename(path) == "saved_model.pb" else path
+    prefix = os.path.join(folder, "variables", "variables") if os.path.isdir(folder) else path
+    for ending in re.findall(r"\.(?:index|data-[0-9]+-of-[0-9]+)$", prefix):
+        prefix = prefix[: -len(ending)]
+    places = [key.split("/") for key in tf.train.load_checkpoint(prefix).get_variable_to_shape_map()]
+    roots = {place[0]: model for place in places if place[1:2] == ["_operations"]}
+    if ["variables", "0"] in [place[:2] for place in places]:
+        roots = {"variables": model.variables}
+    checkpoint = tf.train.Checkpoint(**roots) if roots else tf.train.Checkpoint(model)
+    checkpoint.restore(prefix).assert_existing_objects_matched().expect_partial()
+    return model.get_weights()  # type: ignore[no-any-return]
 
 
 def _saved(job: Mapping[str, Any], precision: str) -> Any:
