@@ -21,12 +21,12 @@ MODULES = {
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("errors", "tensors"),
-    ("names", "numbering", "ops", "strict_yaml", "values"),
+    ("card", "names", "numbering", "ops", "strict_yaml", "values"),
     ("normalizers",),
     ("schema", "signature", "target", "readers"),
     ("mapping",),
     ("plan",),
-    ("changes", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
+    ("changes", "features", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
     ("detection",),
     ("description",),
     ("closing", "conversion", "differences"),
