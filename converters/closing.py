@@ -60,7 +60,7 @@ def ask(mapping: Mapping, targets: Sequence[str], img_size: int | None) -> Itera
                 continue
             try:
                 classes = {"num_classes": CLASSES} if traits_of(target).classifiers else {}
-                skeleton = build_skeleton(target, {**mapping.target_args, **reference.target_args, **classes})
+                skeleton = build_skeleton(target, {**mapping.args_of(target, reference), **classes})
             except TargetError:
                 continue
             config = skeleton.model.pretrained_cfg

@@ -98,7 +98,7 @@ def _plan_for(
     mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...], architecture: str, args: dict[str, Any]
 ) -> Plan | tuple[Problem, ...]:
     reference = reference_of(mapping, checkpoint, routes)
-    own = {**mapping.target_args, **(reference.target_args if reference else {})}
+    own = mapping.args_of(architecture, reference)
     traits = traits_of(architecture)
     read = read_off(mapping, routes, traits)
     if "in_chans" in read:  # a stem may fold pixels into channels before its first convolution
@@ -171,7 +171,9 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
         texts = [when.metadata] if isinstance(when.metadata, str) else when.metadata
         if not any(_squeezed(text) in said for text in texts):
             return False
-    return when.source is None or split(when.source) in prefixes(item.segments for item in routes)
+    sources = [when.source] if isinstance(when.source, str) else when.source
+    there = prefixes(item.segments for item in routes)
+    return sources is None or any(split(source) in there for source in sources)
 
 
 def _squeezed(text: str) -> str:

@@ -60,7 +60,7 @@ def _place(finding: Finding) -> tuple[int, str]:
 def _targets(mapping: Mapping) -> Iterator[Finding]:
     for target in mapping.targets:
         try:
-            build_skeleton(target, mapping.target_args)
+            build_skeleton(target, mapping.args_of(target))
         except TargetError as error:
             yield Finding(mapping.lines.of("targets", target), "error", str(error))
 

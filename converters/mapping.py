@@ -23,6 +23,7 @@ __all__ = [
     "Fill",
     "Leaf",
     "Mapping",
+    "Numbering",
     "Rule",
     "Way",
     "find_mappings",
@@ -94,6 +95,29 @@ class Fill:
 
 
 @dataclass(frozen=True)
+class Numbering:
+    """An entry of `enumerate`: captures on the left that stand for the target's modules, counted through.
+
+    `n: blocks.{s}.{b}` has {n} be the number itself; `layers.{i}.{j}: blocks.{s}.{b}` counts the source's modules
+    too, and the first is the first.
+    """
+
+    source: Pattern
+    target: Pattern
+    counted: bool  # whether the source's modules are
+
+    @classmethod
+    def parse(cls, left: str, target: Pattern, tables: dict[str, Any]) -> Numbering:
+        """Raises ValueError."""
+        counted = "{" in left
+        return cls(Pattern.parse(left if counted else f"{{{left}}}", tables), target, counted)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(sorted(self.source.fields))
+
+
+@dataclass(frozen=True)
 class Mapping:
     """A family, ready to plan with."""
 
@@ -106,7 +130,7 @@ class Mapping:
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
-    enumerate: dict[str, Pattern]
+    enumerate: tuple[Numbering, ...]
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
@@ -118,6 +142,13 @@ class Mapping:
     @property
     def any_target(self) -> bool:
         return not self.targets
+
+    def args_of(self, target: str, reference: ReferenceFile | None = None) -> dict[str, Any]:
+        """timm's arguments for a target; `$name` stands for a value of its row, and is left out where there is none."""
+        args = {**self.target_args, **(reference.target_args if reference else {})}
+        values = {f"${name}": value for name, value in self.targets.get(target, {}).items()}
+        filled = {key: values.get(given, given) if isinstance(given, str) else given for key, given in args.items()}
+        return {key: given for key, given in filled.items() if not str(given).startswith("$")}
 
     def stripped(self, name: str) -> tuple[str, ...]:
         """A source name's segments without the prefixes that the family may carry."""
@@ -198,9 +229,16 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
 
     for key, text in file.ops.items():
         _check_op(key, text, lines)
-    numbered = {key: pattern(text, "enumerate", key) for key, text in file.enumerate.items()}
 
-    def rule(table: str, left: str, ways: list[str | RowFile], numbers: dict[str, Pattern]) -> Rule:
+    def numbering(left: str, right: str) -> Numbering:
+        try:
+            return Numbering.parse(left, pattern(right, "enumerate", left), file.tables)
+        except ValueError as error:
+            raise lines.error(str(error), "enumerate", left) from None
+
+    numberings = tuple(numbering(left, right) for left, right in file.enumerate.items())
+
+    def rule(table: str, left: str, ways: list[str | RowFile], numbers: tuple[Numbering, ...]) -> Rule:
         parsed = pattern(left, table, left)
         if None in parsed.segments:
             raise lines.error("`**` stands in drop and fill only", table, left)
@@ -210,7 +248,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
             raise lines.error(str(error), table, left) from None
 
     rows: list[Rule | Drop] = [
-        rule("rules", left, right if isinstance(right, list) else [right], numbered)
+        rule("rules", left, right if isinstance(right, list) else [right], numberings)
         for left, right in file.rules.items()
     ]
     rows += [Drop(lines.of("drop", left), pattern(left, "drop", left), reason) for left, reason in file.drop.items()]
@@ -231,11 +269,11 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         fill=tuple(
             Fill(lines.of("fill", text), pattern(text, "fill", text), value) for text, value in file.fill.items()
         ),
-        enumerate=numbered,
+        enumerate=numberings,
         preprocess=file.preprocess,
         references=tuple(references),
         refuse=tuple(file.refuse),
-        taps=tuple(rule("taps", left, [right], {}) for left, right in file.taps.items()),
+        taps=tuple(rule("taps", left, [right], ()) for left, right in file.taps.items()),
         deviation=tuple((pattern(one.where, "deviation", i, "where"), one) for i, one in enumerate(file.deviation)),
         lines=lines,
         title=title,
@@ -252,16 +290,17 @@ def _check_op(name: str, text: str, lines: Lines) -> None:
         raise lines.error(f"`{name}` is a built-in op", "ops", name, cure="choose another name")
 
 
-def _way(row: str | RowFile, left: Pattern, numbered: dict[str, Pattern], ops: dict[str, str]) -> Way:
+def _way(row: str | RowFile, left: Pattern, numberings: tuple[Numbering, ...], ops: dict[str, str]) -> Way:
     row = RowFile(to=row) if isinstance(row, str) else row
     name, _, pipeline = _outside_braces(row.to)
     template = Template.parse(name.strip())
     source, target = (Template.parse(text) if text else None for text in (row.when.source, row.when.target))
     given = set(left.fields)
-    for key in left.fields & numbered.keys():
-        if twice := given & numbered[key].fields:
-            raise ValueError(f"{{{min(twice)}}} is captured on the left and by `enumerate` too")
-        given |= numbered[key].fields
+    for numbering in numberings:
+        if left.fields.issuperset(numbering.fields):
+            if twice := given & numbering.target.fields:
+                raise ValueError(f"{{{min(twice)}}} is captured on the left and by `enumerate` too")
+            given |= numbering.target.fields
     for needs in filter(None, (template, source, target)):
         if missing := needs.fields - given:
             raise ValueError(f"`{needs.text}`: {{{min(missing)}}} is captured nowhere on the left")

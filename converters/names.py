@@ -166,6 +166,15 @@ class Pattern:
             reached = following
         return min(reached.items(), default=None, key=lambda item: item[0])
 
+    def number(self, names: Iterable[tuple[str, ...]]) -> list[dict[str, Value]]:
+        """The captures of every module that it finds, in order of their numbers.
+
+        >>> Pattern.parse("s{i}.{j}").number([("s1", "0", "bias"), ("s0", "10"), ("s0", "9"), ("s0", "9", "weight")])
+        [{'i': 0, 'j': 9}, {'i': 0, 'j': 10}, {'i': 1, 'j': 0}]
+        """
+        found = {tuple(match.captures.items()) for name in names if (match := self.match(name))}
+        return [dict(captures) for captures in sorted(found, key=lambda c: [value for _, value in c])]
+
     @property
     def fields(self) -> frozenset[str]:
         """The captures that it gives."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 from typing import Any
 
-from converters.mapping import Drop, Fill, Leaf, Mapping, Rule, Way, most_specific
+from converters.mapping import Drop, Fill, Leaf, Mapping, Numbering, Rule, Way, most_specific
 from converters.names import Match, prefixes, split
 from converters.ops import IDENTITY, OpError, Pipeline
 from converters.target import Skeleton, Traits
@@ -107,7 +107,7 @@ def read_off(mapping: Mapping, routes: tuple[Route, ...], traits: Traits) -> dic
         if item.problem or not isinstance(item.row, Rule):
             continue
         try:
-            names, ops = _destination(mapping, item, _Existing(frozenset(), sources), {})
+            names, ops = _destination(mapping, item, _Existing(frozenset(), sources), ())
             shape = ops.shapes([item.spec.shape], len(names))[0]
         except (KeyError, OpError, _Homeless):
             continue  # a gather's member, or a row that needs the target; neither is a classifier or a stem
@@ -159,13 +159,31 @@ class _Gather:
     members: dict[int, TensorSpec] = field(default_factory=dict, compare=False)
 
 
+class _Numbered:
+    """The target's modules by the captures that stand for them."""
+
+    def __init__(self, numbering: Numbering, skeleton: Skeleton, routes: tuple[Route, ...]) -> None:
+        self.fields, self.text = numbering.fields, numbering.target.text
+        modules = skeleton.number(numbering.target)
+        if numbering.counted:
+            sources = numbering.source.number(item.segments for item in routes)
+            keys = [tuple(captures[field] for field in self.fields) for captures in sources]
+        else:
+            keys = [(number,) for number in range(len(modules))]
+        self.modules = dict(zip(keys, modules, strict=False))
+
+    def find(self, captures: dict[str, Any]) -> dict[str, Any]:
+        """The captures of the module that these stand for; none where they stand for none."""
+        return self.modules.get(tuple(captures.get(field) for field in self.fields), {})
+
+
 class _Draft:
     """A plan while routes are brought to it."""
 
     def __init__(self, mapping: Mapping, skeleton: Skeleton, routes: tuple[Route, ...]) -> None:
         self.mapping, self.skeleton = mapping, skeleton
         self.existing = _Existing(skeleton.modules, prefixes(item.segments for item in routes))
-        self.numbered = {key: skeleton.number(pattern) for key, pattern in mapping.enumerate.items()}
+        self.numbered = tuple(_Numbered(one, skeleton, routes) for one in mapping.enumerate)
         self.problems: list[Problem] = []
         self.drops: dict[str, Drop] = {}
         self.reached: dict[str, _Gather] = {}
@@ -257,19 +275,21 @@ def _clash(item: Route, rule: Rule, target: str, there: _Gather) -> Problem:
 
 
 def _destination(
-    mapping: Mapping, item: Route, existing: _Existing, numbered: dict[str, list[dict[str, Any]]]
+    mapping: Mapping, item: Route, existing: _Existing, numbered: tuple[_Numbered, ...]
 ) -> tuple[tuple[str, ...], Pipeline]:
     """The target names that a route leads to, and its ops. Raises _Homeless, or KeyError without the numbering."""
     assert isinstance(item.row, Rule) and item.match
     captures: dict[str, Any] = dict(item.match.captures)
-    for key in captures.keys() & mapping.enumerate.keys() & numbered.keys():
-        modules, number = numbered[key], captures[key]
-        if not isinstance(number, int) or not 0 <= number < len(modules):
-            raise _Homeless(f"the target has only {len(modules)} of {mapping.enumerate[key].text}")
-        captures |= modules[number]
+    for modules in numbered:
+        captures |= modules.find(item.match.captures)
     try:
         way = _way(item.row, captures, existing)
         names = way.template.render(captures)
+    except KeyError as error:
+        counts = [f"the target has only {len(one.modules)} of {one.text}" for one in numbered]
+        if not counts:
+            raise
+        raise _Homeless(" and ".join(counts)) from error
     except ValueError as error:  # arithmetic on a word, a division by zero
         raise _Homeless(str(error)) from error
     if not item.match.rest:

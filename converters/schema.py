@@ -36,7 +36,7 @@ class RowFile(_Strict):
 class Evidence(_Strict):
     """What a checkpoint shows of its origin: all that it names must be there."""
 
-    source: str | None = None  # a module or tensor
+    source: str | list[str] | None = None  # a module or tensor, or one of these
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
 
 
@@ -50,6 +50,8 @@ class ReferenceFile(_Strict):
     runner: str
     model: dict[str, Any]
     outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
+    any_size: bool = True  # whether it takes images of another size than timm's
+    input: str = ""  # ops that make timm's input of the reference's: `flip 1` for a model of BGR images
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
 
@@ -80,7 +82,7 @@ class MappingFile(_Strict):
     detect: Annotated[list[str | Annotated[list[str], _SOME]], _SOME]  # all must be there; of an inner list, one
     leaves: str
     rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]]
-    target_args: dict[str, Any] = {}
+    target_args: dict[str, Any] = {}  # `$name` stands for a value of the target's row
     strip: str | list[str] = []
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME]] = {}
@@ -90,7 +92,7 @@ class MappingFile(_Strict):
     preprocess: dict[str, Any] = {}
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
-    taps: dict[str, str] = {}  # source module: whose output timm's has, and ops that lay timm's out as the source's
+    taps: dict[str, str] = {}  # source module: whose output timm's has (or `none`), and ops that lay timm's out so
     deviation: list[Deviation] = []
 
 

@@ -45,8 +45,7 @@ class Skeleton:
 
     def number(self, pattern: Pattern) -> list[dict[str, int | str]]:
         """The captures of every module that the pattern finds, in order of their numbers."""
-        found = {tuple(m.captures.items()) for name in self.specs if (m := pattern.match(split(name)))}
-        return [dict(captures) for captures in sorted(found, key=lambda c: [value for _, value in c])]
+        return pattern.number(map(split, self.specs))
 
 
 def is_known(architecture: str) -> bool:
@@ -97,6 +96,8 @@ def _build(architecture: str, args: str) -> Skeleton:
         name: TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         for name, tensor in model.state_dict().items()
     }
+    for missing in (name for name in ("num_classes", "num_features") if not hasattr(model, name)):
+        setattr(model, missing, 0)  # one made with `features_only` has none, and timm's writer asks for it
     return Skeleton(architecture, arguments, specs, model.eval())
 
 
