@@ -13,9 +13,10 @@ from itertools import islice, product
 from typing import Any
 
 from converters.errors import TargetError
-from converters.mapping import Drop, Fill, Mapping, Rule, most_specific
+from converters.mapping import Mapping
 from converters.names import Pattern, split
 from converters.plan import Plan, Route
+from converters.rows import Drop, Fill, Rule, most_specific
 from converters.target import build_skeleton
 
 __all__ = ["Finding", "lint_closings", "lint_file"]

@@ -5,116 +5,25 @@ Every fault is a MappingError that names file and line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from converters.errors import MappingError
-from converters.names import Match, Pattern, Template, split
+from converters.names import Pattern, Template, split
 from converters.ops import IDENTITY, Pipeline
-from converters.schema import Deviation, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Way
+from converters.schema import Deviation, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
 from converters.strict_yaml import Lines, load
 
 __all__ = [
-    "Drop",
-    "Fill",
-    "Leaf",
     "Mapping",
-    "Numbering",
-    "Rule",
-    "Way",
     "find_mappings",
     "load_mapping",
     "mappings_folder",
-    "most_specific",
 ]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One way to write a leaf: its name in timm and the ops that lay it out; `rank` chooses between ways."""
-
-    name: str
-    ops: Pipeline
-    rank: int | None
-
-
-Leaves = dict[str, tuple[Leaf, ...]]
-
-
-@dataclass(frozen=True)
-class Way:
-    """Where a rule leads, if what its guard names is there."""
-
-    template: Template
-    ops: Pipeline
-    source: Template | None = None
-    target: Template | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """One row of the table; the first way whose guard holds is taken."""
-
-    line: int
-    pattern: Pattern
-    ways: tuple[Way, ...]
-
-    @property
-    def text(self) -> str:
-        return f"{self.pattern.text}: {self.ways[0].template.text}"
-
-
-@dataclass(frozen=True, eq=False)
-class Drop:
-    """A source that is discarded, and why."""
-
-    line: int
-    pattern: Pattern
-    reason: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.pattern.text}: {self.reason}"
-
-
-@dataclass(frozen=True, eq=False)
-class Fill:
-    """A value for targets that no source reaches."""
-
-    line: int
-    pattern: Pattern
-    value: int | float
-
-    @property
-    def text(self) -> str:
-        return f"{self.pattern.text}: {self.value}"
-
-
-@dataclass(frozen=True)
-class Numbering:
-    """An entry of `enumerate`: captures on the left that stand for the target's modules, counted through.
-
-    `n: blocks.{s}.{b}` has {n} be the number itself; `layers.{i}.{j}: blocks.{s}.{b}` counts the source's modules
-    too, and the first is the first.
-    """
-
-    source: Pattern
-    target: Pattern
-    counted: bool  # whether the source's modules are
-
-    @classmethod
-    def parse(cls, left: str, target: Pattern, tables: dict[str, Any]) -> Numbering:
-        """Raises ValueError."""
-        counted = "{" in left
-        return cls(Pattern.parse(left if counted else f"{{{left}}}", tables), target, counted)
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return tuple(sorted(self.source.fields))
 
 
 @dataclass(frozen=True)
@@ -123,7 +32,8 @@ class Mapping:
 
     name: str  # "mmlab/swin", or the path of a file of the user's own
     path: Path
-    targets: dict[str, dict[str, Any]]  # empty: any timm model
+    any_target: bool  # whether every timm model may be one
+    targets: dict[str, dict[str, Any]]  # with what builds the reference of each
     target_args: dict[str, Any]
     detect: tuple[tuple[Pattern, ...], ...]
     strip: tuple[Pattern, ...]
@@ -140,8 +50,9 @@ class Mapping:
     title: str = ""  # the file's first comment
 
     @property
-    def any_target(self) -> bool:
-        return not self.targets
+    def target_names(self) -> list[str]:
+        """Its targets; "any" where every timm model is one."""
+        return ["any"] if self.any_target else list(self.targets)
 
     def args_of(self, target: str, reference: ReferenceFile | None = None) -> dict[str, Any]:
         """timm's arguments for a target; `$name` stands for a value of its row, and is left out where there is none."""
@@ -158,24 +69,6 @@ class Mapping:
             if found and found.rest:
                 segments = found.rest
         return segments
-
-
-Row = TypeVar("Row", bound=Rule | Drop | Fill)
-
-
-def most_specific(rows: Iterable[Row], name: tuple[str, ...]) -> tuple[list[Row], Match | None]:
-    """The rows that match a name and take most of it, most literally: none, one, or the several that tie."""
-    best: list[Row] = []
-    found: Match | None = None
-    for row in rows:
-        match = row.pattern.match(name)
-        if match is None or (found and match.rank < found.rank):
-            continue
-        if found is None or match.rank > found.rank:
-            best, found = [row], match
-        else:
-            best.append(row)
-    return best, found
 
 
 def mappings_folder() -> Path:
@@ -251,13 +144,18 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         rule("rules", left, right if isinstance(right, list) else [right], numberings)
         for left, right in file.rules.items()
     ]
-    rows += [Drop(lines.of("drop", left), pattern(left, "drop", left), reason) for left, reason in file.drop.items()]
+    for left, drop in file.drop.items():
+        reason = drop if isinstance(drop, str) else drop.reason
+        rows.append(Drop(lines.of("drop", left), pattern(left, "drop", left), reason, zeros=drop is not reason))
+    if file.targets == "none" and not any(one.when == Evidence() for one in file.refuse):
+        raise lines.error("without targets a family needs a reason: a `refuse` without `when`", "targets")
     references = file.reference if isinstance(file.reference, list) else [file.reference]
     strip = [file.strip] if isinstance(file.strip, str) else file.strip
     return Mapping(
         name=name,
         path=path,
-        targets={} if file.targets == "any" else {key: value or {} for key, value in file.targets.items()},
+        any_target=file.targets == "any",
+        targets={} if isinstance(file.targets, str) else {key: value or {} for key, value in file.targets.items()},
         target_args=file.target_args,
         detect=tuple(
             tuple(pattern(text, "detect", i) for text in ([one] if isinstance(one, str) else one))
@@ -326,7 +224,7 @@ def _all_leaves() -> tuple[dict[str, Leaves], str]:
         layouts[framework] = {}
         for leaf, ways in (leaves or {}).items():
             try:
-                layouts[framework][leaf] = tuple(_leaf(way) for way in ([ways] if isinstance(ways, str) else ways))
+                layouts[framework][leaf] = _ways_of(ways)
             except ValueError as error:
                 raise lines.error(str(error), framework, leaf) from None
     return layouts, ", ".join(layouts)
@@ -338,8 +236,18 @@ def _leaf(text: str) -> Leaf:
     return Leaf(name.strip(), pipeline, pipeline.ops[0].rank if pipeline != IDENTITY else None)
 
 
-def _leaves(framework: str, lines: Lines) -> Leaves:
+def _leaves(layout: str | dict[str, str | list[str]], lines: Lines) -> Leaves:
+    """A framework's layout, or one that is like it but for some leaves of the family's own."""
     layouts, known = _all_leaves()
+    own = {} if isinstance(layout, str) else dict(layout)
+    framework = layout if isinstance(layout, str) else own.pop("like", "")
     if framework not in layouts:
         raise lines.error(f"leaves.yaml has no layout `{framework}`", "leaves", cure=f"there are {known}")
-    return layouts[framework]
+    try:
+        return layouts[framework] | {leaf: _ways_of(ways) for leaf, ways in own.items()}
+    except ValueError as error:
+        raise lines.error(str(error), "leaves") from None
+
+
+def _ways_of(ways: str | list[str]) -> tuple[Leaf, ...]:
+    return tuple(_leaf(way) for way in ([ways] if isinstance(ways, str) else ways))

@@ -10,9 +10,10 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 from typing import Any
 
-from converters.mapping import Drop, Fill, Leaf, Mapping, Numbering, Rule, Way, most_specific
+from converters.mapping import Mapping
 from converters.names import Match, prefixes, split
 from converters.ops import IDENTITY, OpError, Pipeline
+from converters.rows import Drop, Fill, Leaf, Numbering, Rule, Way, most_specific
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 

@@ -22,7 +22,7 @@ MODULES = {
 FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("errors", "tensors"),
     ("names", "ops", "strict_yaml"),
-    ("schema", "target", "readers"),
+    ("rows", "schema", "target", "readers"),
     ("mapping",),
     ("plan",),
     ("diagnosis", "emitter", "lint", "verifier"),
