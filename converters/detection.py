@@ -178,7 +178,7 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
     if when.metadata is not None:
         said = _squeezed(json.dumps(checkpoint.metadata, default=str))
         texts = [when.metadata] if isinstance(when.metadata, str) else when.metadata
-        if not any(_squeezed(text) in said for text in texts):
+        if not any(_squeezed(text) in said for text in texts) or (when.without and _squeezed(when.without) in said):
             return False
     sources = [when.source] if isinstance(when.source, str) else when.source
     there = prefixes(item.segments for item in routes)

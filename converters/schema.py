@@ -48,6 +48,7 @@ class Evidence(_Strict):
 
     source: str | list[str] | None = None  # a module or tensor, or one of these
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
+    without: str | None = None  # a text that is not there
 
 
 class ReferenceFile(_Strict):

@@ -202,16 +202,18 @@ SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
 
 def of_references(family: str) -> dict[str, Specs]:
     """What the smallest model of each reference has."""
-    mapping, found = load_mapping(family), dict[int, tuple[str, Specs]]()
+    mapping, found = load_mapping(family), dict[int, Specs]()
+    titles = dict[int, str]()
     with tempfile.TemporaryDirectory() as folder:
         questions = sorted(ask(mapping, (), None), key=lambda one: one.parameters)
         for question, specs in build(questions, Path(folder), python=None, timeout=900.0).items():
             closing = None if isinstance(specs, str) or question.number in found else close(mapping, question, specs)
             if closing and closing.outcome == "closes":
-                tensors = {closing.prefix + name: _listed(one.shape, one.dtype) for name, one in specs.items()}
                 title = f"{question.block['runner']}, {question.target}"
-                found[question.number] = title, {"metadata": {}, "tensors": tensors}
-    return dict(source for _, source in sorted(found.items()))
+                again = f", reference {question.number + 1}" if title in titles.values() else ""
+                titles[question.number] = title + again
+                found[question.number] = _source(closing.checkpoint)
+    return {titles[number]: found[number] for number in sorted(found)}
 
 
 def _source(checkpoint: Checkpoint) -> Specs:
