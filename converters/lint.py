@@ -157,8 +157,8 @@ def _used_fills(mapping: Mapping, plan: Plan) -> Iterator[Fill]:
 
 def _detect(mapping: Mapping, closings: Sequence[tuple[Route, ...]]) -> Iterator[Finding]:
     names = {name for routes in closings for route in routes for name in (route.segments, split(route.spec.name))}
-    for number, patterns in enumerate(mapping.detect):
-        for index, pattern in enumerate(patterns):
-            if not any(pattern.match(name) for name in names):
+    for number, signs in enumerate(mapping.detect):
+        for index, sign in enumerate(signs):
+            if not sign.absent and not any(sign.pattern.match(name) for name in names):
                 line = mapping.lines.of("detect", number, index)
-                yield Finding(line, "warning", f"detect `{pattern.text}` is in none of the references' checkpoints")
+                yield Finding(line, "warning", f"detect `{sign.text}` is in none of the references' checkpoints")

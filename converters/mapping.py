@@ -14,8 +14,8 @@ from typing import Any
 from converters.errors import MappingError
 from converters.names import Pattern, Template, split
 from converters.ops import IDENTITY, Pipeline
-from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Way
-from converters.schema import Deviation, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Sign, Way
+from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -35,7 +35,7 @@ class Mapping:
     any_target: bool  # whether every timm model may be one
     targets: dict[str, dict[str, Any]]  # with what builds the reference of each
     target_args: dict[str, Any]
-    detect: tuple[tuple[Pattern, ...], ...]
+    detect: tuple[tuple[Sign, ...], ...]
     strip: tuple[Pattern, ...]
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
@@ -123,6 +123,12 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
     for key, text in file.ops.items():
         _check_op(key, text, lines)
 
+    def sign(text: str, place: int) -> Sign:
+        try:
+            return Sign.parse(text, file.tables)
+        except ValueError as error:
+            raise lines.error(str(error), "detect", place) from None
+
     def numbering(left: str, right: str) -> Numbering:
         try:
             return Numbering.parse(left, pattern(right, "enumerate", left), file.tables)
@@ -158,14 +164,15 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         targets={} if isinstance(file.targets, str) else {key: value or {} for key, value in file.targets.items()},
         target_args=file.target_args,
         detect=tuple(
-            tuple(pattern(text, "detect", i) for text in ([one] if isinstance(one, str) else one))
+            tuple(sign(text, i) for text in ([one] if isinstance(one, str) else one))
             for i, one in enumerate(file.detect)
         ),
         strip=tuple(pattern(text.rstrip("./"), "strip", i) for i, text in enumerate(strip)),
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
-            Fill(lines.of("fill", text), pattern(text, "fill", text), value) for text, value in file.fill.items()
+            Fill(lines.of("fill", text), pattern(text, "fill", text), *_value(value))
+            for text, value in file.fill.items()
         ),
         enumerate=numberings,
         preprocess=file.preprocess,
@@ -176,6 +183,10 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         lines=lines,
         title=title,
     )
+
+
+def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
+    return (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
 
 
 def _check_op(name: str, text: str, lines: Lines) -> None:

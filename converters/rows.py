@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from converters.names import Match, Pattern, Template
 from converters.ops import Pipeline
 
-__all__ = ["Drop", "Fill", "Leaf", "Leaves", "Numbering", "Rule", "Way", "most_specific"]
+__all__ = ["Drop", "Fill", "Leaf", "Leaves", "Numbering", "Rule", "Sign", "Way", "most_specific"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,41 @@ class Rule:
         return f"{self.pattern.text}: {self.ways[0].template.text}"
 
 
+@dataclass(frozen=True)
+class Sign:
+    """What a family is detected by: a name that is there, with a shape where that tells, or one that is not.
+
+    >>> sign = Sign.parse("conv{i}.weight | o i 7 7", {})
+    >>> [sign.found([("conv1", "weight")], [shape]) for shape in [(64, 3, 7, 7), (64, 3, 3, 3)]]
+    [True, False]
+    >>> Sign.parse("not fc", {}).found([("conv1", "weight")], [()])
+    True
+    """
+
+    text: str
+    pattern: Pattern
+    shape: tuple[int | None, ...] | None
+    absent: bool
+
+    @classmethod
+    def parse(cls, text: str, tables: dict[str, Any]) -> Sign:
+        """Raises ValueError."""
+        name, bar, axes = text.removeprefix("not ").partition(" | ")
+        shape = tuple(int(axis) if axis.isdecimal() else None for axis in axes.split()) if bar else None
+        return cls(text, Pattern.parse(name, tables), shape, text.startswith("not "))
+
+    def found(self, names: Iterable[tuple[str, ...]], shapes: Iterable[tuple[int, ...]]) -> bool:
+        """Whether names and their shapes show it."""
+        return any(map(self._matches, names, shapes)) != self.absent
+
+    def _matches(self, name: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+        match = self.pattern.match(name)
+        if match is None or self.shape is None:
+            return match is not None
+        same = len(shape) == len(self.shape) and all(a in (b, None) for a, b in zip(self.shape, shape, strict=True))
+        return same and not match.rest
+
+
 @dataclass(frozen=True, eq=False)
 class Drop:
     """A source that is discarded, and why."""
@@ -68,6 +103,7 @@ class Fill:
     line: int
     pattern: Pattern
     value: int | float
+    reason: str = ""  # a caveat
 
     @property
     def text(self) -> str:

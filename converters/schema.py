@@ -15,6 +15,7 @@ __all__ = [
     "Deviation",
     "DropFile",
     "Evidence",
+    "FillFile",
     "MappingFile",
     "ReferenceFile",
     "Refusal",
@@ -82,6 +83,13 @@ class DropFile(_Strict):
     only: Literal["zeros"]
 
 
+class FillFile(_Strict):
+    """A value for what the source does not have although timm computes with it; the report carries the reason."""
+
+    value: int | float
+    reason: Annotated[str, _SOME]
+
+
 class Deviation(_Strict):
     """What timm cannot compute as the source does, and how far that may take the outputs away."""
 
@@ -97,14 +105,14 @@ class MappingFile(_Strict):
     """The schema of a mapping file."""
 
     targets: Annotated[dict[str, dict[str, Any] | None], _SOME] | Literal["any", "none"]  # none: all are refused
-    detect: Annotated[list[str | Annotated[list[str], _SOME]], _SOME]  # all must be there; of an inner list, one
+    detect: Annotated[list[str | Annotated[list[str], _SOME]], _SOME]  # all must hold; of an inner list, one
     leaves: str | dict[str, str | Annotated[list[str], _SOME]] = "torch"  # `like:` another layout, and some of its own
     rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]] = {}
     target_args: dict[str, Any] = {}  # `$name` stands for a value of the target's row
     strip: str | list[str] = []
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
-    fill: dict[str, int | float] = {}
+    fill: dict[str, int | float | FillFile] = {}
     enumerate: dict[str, str] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     preprocess: dict[str, Any] = {}

@@ -32,7 +32,7 @@ fill:
     assert mapping.title == "A family"
     assert mapping.targets == {"resnet18": {"depth": 18}, "resnet34": {}}
     assert mapping.target_args == {"eps": 1e-5}
-    assert [[pattern.text for pattern in one] for one in mapping.detect] == [["a"], ["b", "c"]]
+    assert [[sign.text for sign in one] for one in mapping.detect] == [["a"], ["b", "c"]]
     assert [(row.line, row.text) for row in mapping.rows] == [
         (9, "a.{i}: b.{i+1}"),
         (10, "c: d"),

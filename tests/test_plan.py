@@ -115,7 +115,8 @@ CLOSES = {
         "enumerate: {'f.{i}.c': 'f.{c}', 'f.{i}.b': 'f.{n}.mean'}",
         "f.0.c.w=1 f.0.b.w=2 f.0.b.mean=2 f.2.c.w=3 f.2.b.w=4 f.2.b.mean=4",
         "f.0.w=1 f.1.w=2 f.1.mean=2 f.3.w=3 f.4.w=4 f.4.mean=4",
-        {"f.0.w": "f.0.c.w", "f.3.w": "f.2.c.w", "f.4.w": "f.2.b.w"},
+        {"f.0.w": "f.0.c.w", "f.1.w": "f.0.b.w", "f.1.mean": "f.0.b.mean"}
+        | {"f.3.w": "f.2.c.w", "f.4.w": "f.2.b.w", "f.4.mean": "f.2.b.mean"},
     ),
     "tables of words and of numbers": (
         "conv_{l}: stem.{l}\nc{k}: t.{2*k}\n\ntables: {l: {a: '0', aa: '1'}, k: {x: 1, y: 2}}",

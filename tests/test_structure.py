@@ -28,7 +28,7 @@ FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("diagnosis", "emitter", "lint", "verifier"),
     ("detection",),
     ("description",),
-    ("closing", "conversion"),
+    ("closing", "conversion", "differences"),
     ("checking", "demo"),
     ("reports",),
     ("cli",),

@@ -1,6 +1,7 @@
 """The command line: `timmport COMMAND`; every command takes --json.
 
-Exit codes: 0 done, 1 refused (one line on standard error), 2 usage, 3 parity failed, 130 interrupted.
+Exit codes: 0 done, 1 refused (one line on standard error), 2 usage, 3 parity failed or a difference found,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import sys
 
 import typer
 
+from converters.cli.comparing import diff
 from converters.cli.converting import convert, demo, inspect
 from converters.cli.mappings import check, families
 from converters.cli.verifying import record, verify
@@ -26,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect, convert, verify, record, demo, families, check):
+for command in (inspect, convert, verify, diff, record, demo, families, check):
     app.command()(command)
 
 
