@@ -84,10 +84,9 @@ def test_the_order_is_what_a_row_does_to_a_weight_that_keeps_its_shape(pairs, op
 
 
 def test_where_taps_say_none_there_is_no_pair(pairs):
-    rules = "rules:\n  norm{k}: n{k}\n"
-    assert set(pairs(rules + "taps: {norm2: none}\n", "norm1.weight=2 norm2.weight=2", "n1.weight=2 n2.weight=2")) == {
-        "n1"
-    }
+    names = "{0}1.weight=2 {0}2.weight=2"
+    found = pairs("rules:\n  norm{k}: n{k}\ntaps: {norm2: none}\n", names.format("norm"), names.format("n"))
+    assert set(found) == {"n1"}
 
 
 def test_taps_that_tie_are_told_with_their_lines(pairs):
