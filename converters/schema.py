@@ -113,7 +113,7 @@ class MappingFile(_Strict):
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
     fill: dict[str, int | float | FillFile] = {}
-    enumerate: dict[str, str] = {}
+    enumerate: dict[str, str] = {}  # a number, or a pattern of the source's modules: the target's, counted through
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     preprocess: dict[str, Any] = {}
     reference: ReferenceFile | list[ReferenceFile] = []

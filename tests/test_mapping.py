@@ -46,6 +46,12 @@ fill:
     assert mapping.stripped("module") == ("module",)
 
 
+def test_arguments_may_be_the_targets_own(family):
+    mapping = family("target_args: {bn_eps: $eps, act: relu}\n", head="targets: {a: {eps: 0.1}, b: }\ndetect: [x]\n")
+    assert mapping.args_of("a") == {"bn_eps": 0.1, "act": "relu"}
+    assert mapping.args_of("b") == {"act": "relu"}
+
+
 def test_a_layout_may_be_like_another(family):
     own = "leaves: {like: keras, moving_variance: running_var | add 9.9e-4, x: [y | i o -> o i, z]}\n"
     leaves = family("", head=f"targets: none\ndetect: [a]\n{own}refuse: [{{reason: because}}]\n").leaves
