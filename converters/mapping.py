@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import MappingError
-from converters.names import Pattern, Template, split
+from converters.names import Pattern, Template
 from converters.ops import IDENTITY, Pipeline
-from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Sign, Way
+from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Way
 from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.signature import Sign, Signature
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Mapping(Signature):
     """A family, ready to plan with."""
 
     name: str  # "mmlab/swin", or the path of a file of the user's own
@@ -35,8 +36,6 @@ class Mapping:
     any_target: bool  # whether every timm model may be one
     targets: dict[str, dict[str, Any]]  # with what builds the reference of each
     target_args: dict[str, Any]
-    detect: tuple[tuple[Sign, ...], ...]
-    strip: tuple[Pattern, ...]
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
@@ -61,15 +60,6 @@ class Mapping:
         filled = {key: values.get(given, given) if isinstance(given, str) else given for key, given in args.items()}
         return {key: given for key, given in filled.items() if not str(given).startswith("$")}
 
-    def stripped(self, name: str) -> tuple[str, ...]:
-        """A source name's segments without the prefixes that the family may carry."""
-        segments = split(name)
-        for prefix in self.strip:
-            found = prefix.match(segments)
-            if found and found.rest:
-                segments = found.rest
-        return segments
-
 
 def mappings_folder() -> Path:
     """Where the mapping files are: in the wheel inside the package, in a checkout beside it."""
@@ -81,7 +71,7 @@ def mappings_folder() -> Path:
 def find_mappings() -> dict[str, Path]:
     """Every family that ships, by name."""
     folder = mappings_folder()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def load_mapping(family: str) -> Mapping:

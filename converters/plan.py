@@ -15,11 +15,11 @@ from typing import Any
 from converters.mapping import Mapping
 from converters.names import Match, fold, prefixes, split
 from converters.ops import IDENTITY, OpError, Pipeline
-from converters.rows import Drop, Fill, Leaf, Numbering, Rule, Way, most_specific
+from converters.rows import Drop, Fill, Leaf, Numbered, Rule, Way, most_specific
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 
-__all__ = ["Origin", "Plan", "Problem", "Route", "Step", "make_plan", "read_off", "rendered", "route"]
+__all__ = ["Change", "Origin", "Plan", "Problem", "Route", "Step", "make_plan", "read_off", "rendered", "route"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What the user asked for beyond the source's own sizes (see changes.py)."""
+
+    text: str  # the op and its tensors, folded
+    inside: bool  # whether features change too, and not only a classifier
+
+
+@dataclass(frozen=True)
 class Plan:
     """A conversion that closes."""
 
@@ -51,6 +59,8 @@ class Plan:
     steps: tuple[Step, ...]
     drops: dict[str, Drop]  # source name: the row that discards it
     caveats: tuple[str, ...] = ()  # what the file cannot rule out; to be shown
+    unchanged: Skeleton | None = None  # the source's own, where changes were asked for
+    changes: tuple[Change, ...] = ()
 
     @property
     def origins(self) -> dict[int, list[Step]]:
@@ -71,6 +81,7 @@ class Problem:
     rows: tuple[Rule | Drop | Fill, ...] = ()
     detail: str = ""
     target: str = ""  # for a source that a rule sends nowhere: the name that the target lacks
+    shape: tuple[int, ...] = ()  # for a target of another shape: the one that its source would give
 
 
 @dataclass(frozen=True)
@@ -172,31 +183,15 @@ class _Gather:
     members: dict[int, TensorSpec] = field(default_factory=dict, compare=False)
 
 
-class _Numbered:
-    """The target's modules by the captures that stand for them."""
-
-    def __init__(self, numbering: Numbering, skeleton: Skeleton, routes: tuple[Route, ...]) -> None:
-        self.fields, self.text = numbering.fields, numbering.target.text
-        modules = skeleton.number(numbering.target)
-        if numbering.counted:
-            sources = numbering.source.number(item.segments for item in routes)
-            keys = [tuple(captures[field] for field in self.fields) for captures in sources]
-        else:
-            keys = [(number,) for number in range(len(modules))]
-        self.modules = dict(zip(keys, modules, strict=False))
-
-    def find(self, captures: dict[str, Any]) -> dict[str, Any]:
-        """The captures of the module that these stand for; none where they stand for none."""
-        return self.modules.get(tuple(captures.get(field) for field in self.fields), {})
-
-
 class _Draft:
     """A plan while routes are brought to it."""
 
     def __init__(self, mapping: Mapping, skeleton: Skeleton, routes: tuple[Route, ...]) -> None:
         self.mapping, self.skeleton = mapping, skeleton
         self.existing = _Existing(skeleton.modules, prefixes(item.segments for item in routes))
-        self.numbered = tuple(_Numbered(one, skeleton, routes) for one in mapping.enumerate)
+        self.numbered = tuple(
+            one.number(skeleton.number(one.target), (item.segments for item in routes)) for one in mapping.enumerate
+        )
         self.problems: list[Problem] = []
         self.drops: dict[str, Drop] = {}
         self.reached: dict[str, _Gather] = {}
@@ -270,9 +265,11 @@ class _Draft:
             shapes = gather.ops.shapes([spec.shape for spec in sources], len(names))
         except OpError as error:
             return fail("op", str(error))
-        for spec, shape in zip(wanted, shapes, strict=True):
-            if spec.shape != shape:
-                return fail("shape", f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm")
+        if any(spec.shape != shape for spec, shape in zip(wanted, shapes, strict=True)):
+            for spec, shape in zip(wanted, shapes, strict=True):
+                detail = f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm"
+                self.problems.append(Problem("shape", spec.name, spec, (gather.rule,), detail, shape=shape))
+            return []
         for spec in sources:
             if spec.dtype != sources[0].dtype:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {sources[0].dtype} from {sources[0].name}")
@@ -295,7 +292,7 @@ def _clash(item: Route, rule: Rule, target: str, there: _Gather) -> Problem:
 
 
 def _destination(
-    mapping: Mapping, item: Route, existing: _Existing, numbered: tuple[_Numbered, ...]
+    mapping: Mapping, item: Route, existing: _Existing, numbered: tuple[Numbered, ...]
 ) -> tuple[tuple[str, ...], Pipeline]:
     """The target names that a route leads to, and its ops. Raises _Homeless, or KeyError without the numbering."""
     assert isinstance(item.row, Rule) and item.match

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from converters.names import Match, Pattern, Template
 from converters.ops import Pipeline
 
-__all__ = ["Drop", "Fill", "Leaf", "Leaves", "Numbering", "Rule", "Sign", "Way", "most_specific"]
+__all__ = ["Drop", "Fill", "Leaf", "Leaves", "Numbered", "Numbering", "Rule", "Way", "most_specific"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Leaf:
 
 
 Leaves = dict[str, tuple[Leaf, ...]]
+Captures = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,41 +46,6 @@ class Rule:
     @property
     def text(self) -> str:
         return f"{self.pattern.text}: {self.ways[0].template.text}"
-
-
-@dataclass(frozen=True)
-class Sign:
-    """What a family is detected by: a name that is there, with a shape where that tells, or one that is not.
-
-    >>> sign = Sign.parse("conv{i}.weight | o i 7 7", {})
-    >>> [sign.found([("conv1", "weight")], [shape]) for shape in [(64, 3, 7, 7), (64, 3, 3, 3)]]
-    [True, False]
-    >>> Sign.parse("not fc", {}).found([("conv1", "weight")], [()])
-    True
-    """
-
-    text: str
-    pattern: Pattern
-    shape: tuple[int | None, ...] | None
-    absent: bool
-
-    @classmethod
-    def parse(cls, text: str, tables: dict[str, Any]) -> Sign:
-        """Raises ValueError."""
-        name, bar, axes = text.removeprefix("not ").partition(" | ")
-        shape = tuple(int(axis) if axis.isdecimal() else None for axis in axes.split()) if bar else None
-        return cls(text, Pattern.parse(name, tables), shape, text.startswith("not "))
-
-    def found(self, names: Iterable[tuple[str, ...]], shapes: Iterable[tuple[int, ...]]) -> bool:
-        """Whether names and their shapes show it."""
-        return any(map(self._matches, names, shapes)) != self.absent
-
-    def _matches(self, name: tuple[str, ...], shape: tuple[int, ...]) -> bool:
-        match = self.pattern.match(name)
-        if match is None or self.shape is None:
-            return match is not None
-        same = len(shape) == len(self.shape) and all(a in (b, None) for a, b in zip(self.shape, shape, strict=True))
-        return same and not match.rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +97,27 @@ class Numbering:
     @property
     def fields(self) -> tuple[str, ...]:
         return tuple(sorted(self.source.fields))
+
+    def number(self, modules: Sequence[Captures], sources: Iterable[tuple[str, ...]]) -> Numbered:
+        """The captures of the target's modules, in their order, by those of the source's."""
+        if self.counted:
+            keys = [tuple(captures[field] for field in self.fields) for captures in self.source.number(sources)]
+        else:
+            keys = [(number,) for number in range(len(modules))]
+        return Numbered(self.fields, self.target.text, dict(zip(keys, modules, strict=False)))
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """The target's modules by the captures that stand for them."""
+
+    fields: tuple[str, ...]
+    text: str
+    modules: dict[tuple[Any, ...], Captures]
+
+    def find(self, captures: Captures) -> Captures:
+        """The captures of the module that these stand for; none where they stand for none."""
+        return self.modules.get(tuple(captures.get(field) for field in self.fields), {})
 
 
 Row = TypeVar("Row", bound=Rule | Drop | Fill)
