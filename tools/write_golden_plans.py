@@ -183,6 +183,9 @@ SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
         "an MMPretrain classifier with a deep stem": mmpretrain({"type": "ResNetV1d", "depth": 50}, 2048),
         "an MMSegmentation backbone": mmseg({"type": "ResNetV1c", "depth": 50}),
     },
+    "mmlab/timm_backbone": {
+        "a classifier": mmpretrain({"type": "TIMMBackbone", "model_name": "mobilenetv4_conv_small"}, 1280),
+    },
     "keras/mobilenet_v2": {
         "a classifier": keras("MobileNetV2", alpha=0.35, input_shape=[96, 96, 3]),
         "no top": keras("MobileNetV2", include_top=False, input_shape=[96, 96, 3]),
