@@ -210,7 +210,8 @@ def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, s
         "runner": reference.runner,
         "model": filled(reference.model, values),
         "outputs": reference.outputs,
-        "any_size": not fixed,
+        **({"input": reference.input} if reference.input else {}),
+        "any_size": reference.any_size and not fixed,
     }
 
 

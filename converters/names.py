@@ -187,6 +187,15 @@ class Pattern:
             reached = following
         return min(reached.items(), default=None, key=lambda item: item[0])
 
+    def number(self, names: Iterable[tuple[str, ...]]) -> list[dict[str, Value]]:
+        """The captures of every module that it finds, in order of their numbers, and else of the names.
+
+        >>> Pattern.parse("s{i}.{j}").number([("s1", "0", "bias"), ("s0", "10"), ("s0", "9"), ("s0", "9", "weight")])
+        [{'i': 0, 'j': 9}, {'i': 0, 'j': 10}, {'i': 1, 'j': 0}]
+        """
+        found = dict.fromkeys(tuple(match.captures.items()) for name in names if (match := self.match(name)))
+        return sorted(map(dict, found), key=lambda one: [value for value in one.values() if isinstance(value, int)])
+
     @property
     def fields(self) -> frozenset[str]:
         """The captures that it gives."""

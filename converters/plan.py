@@ -12,9 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from converters.mapping import Drop, Fill, Leaf, Mapping, Rule, Way, most_specific
+from converters.mapping import Mapping
 from converters.names import Match, fold, prefixes, split
 from converters.ops import IDENTITY, OpError, Pipeline
+from converters.rows import Drop, Fill, Leaf, Numbered, Rule, Way, most_specific
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 
@@ -146,7 +147,7 @@ def _without_target(mapping: Mapping, routes: tuple[Route, ...]) -> Iterator[tup
     for item in routes:
         if not item.problem and isinstance(item.row, Rule):
             with suppress(KeyError, _Homeless):
-                yield item, *_destination(mapping, item, existing, {})
+                yield item, *_destination(mapping, item, existing, ())
 
 
 def make_plan(mapping: Mapping, routes: tuple[Route, ...], skeleton: Skeleton) -> Plan | tuple[Problem, ...]:
@@ -190,7 +191,9 @@ class _Draft:
     def __init__(self, mapping: Mapping, skeleton: Skeleton, routes: tuple[Route, ...]) -> None:
         self.mapping, self.skeleton = mapping, skeleton
         self.existing = _Existing(skeleton.modules, prefixes(item.segments for item in routes))
-        self.numbered = {key: skeleton.number(*patterns) for key, patterns in mapping.enumerate.items()}
+        self.numbered = tuple(
+            one.number(skeleton.number(*one.targets), (item.segments for item in routes)) for one in mapping.enumerate
+        )
         self.problems: list[Problem] = []
         self.drops: dict[str, Drop] = {}
         self.reached: dict[str, _Gather] = {}
@@ -291,22 +294,26 @@ def _clash(item: Route, rule: Rule, target: str, there: _Gather) -> Problem:
 
 
 def _destination(
-    mapping: Mapping, item: Route, existing: _Existing, numbered: dict[str, list[dict[str, Any]]]
+    mapping: Mapping, item: Route, existing: _Existing, numbered: tuple[Numbered, ...]
 ) -> tuple[tuple[str, ...], Pipeline]:
     """The target names that a route leads to, and its ops. Raises _Homeless, or KeyError without the numbering."""
     assert isinstance(item.row, Rule) and item.match
     captures: dict[str, Any] = dict(item.match.captures)
-    for key in captures.keys() & mapping.enumerate.keys() & numbered.keys():
-        modules, number = numbered[key], captures[key]
-        if not isinstance(number, int) or not 0 <= number < len(modules):
-            kinds = " and ".join(pattern.text for pattern in mapping.enumerate[key])
-            raise _Homeless(f"the target has only {len(modules)} of {kinds}")
-        captures |= modules[number]
+    for modules in numbered:
+        captures |= modules.find(item.match.captures)
     try:
         way = _way(
-            item.row, captures, existing, {field for modules in numbered.values() for one in modules for field in one}
+            item.row,
+            captures,
+            existing,
+            {field for one in numbered for module in one.modules.values() for field in module},
         )
         names = way.template.render(captures)
+    except KeyError as error:
+        counts = [f"the target has only {len(one.modules)} of {one.text}" for one in numbered]
+        if not counts:
+            raise
+        raise _Homeless(" and ".join(counts)) from error
     except ValueError as error:  # arithmetic on a word, a division by zero
         raise _Homeless(str(error)) from error
     if not item.match.rest:

@@ -23,7 +23,7 @@ FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("errors", "tensors"),
     ("card", "names", "numbering", "ops", "strict_yaml", "values"),
     ("normalizers",),
-    ("schema", "signature", "target", "readers"),
+    ("rows", "schema", "signature", "target", "readers"),
     ("mapping",),
     ("plan",),
     ("changes", "deployment", "features", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
