@@ -39,6 +39,8 @@ def describe(
     `key` and `ema` are what the checkpoint was opened with.
     """
     mapping, skeleton = plan.mapping, plan.skeleton
+    reference = reference_of(mapping, checkpoint, route(mapping, checkpoint.specs))
+    size = _input_size(plan, img_size)
     return {
         "conversion": 1,
         "source": {
@@ -56,9 +58,9 @@ def describe(
         "family_sha256": hashlib.sha256(mapping.path.read_bytes()).hexdigest(),
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
-        "input_size": _input_size(plan, img_size),
-        "preprocess": mapping.preprocess,
-        "reference": _reference(plan, checkpoint, img_size),
+        "input_size": size,
+        "preprocess": {**mapping.preprocess, **(reference.preprocess if reference else {})},
+        "reference": fill_reference(reference, mapping, skeleton, size) if reference else None,
         "caveats": [*plan.caveats, *checkpoint.notes],
         "deviation": _deviations(plan),
         "tensors": {
@@ -92,7 +94,7 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
 
     model = plan.skeleton.model
     channels, height, width = record["input_size"]
-    preprocess = dict(plan.mapping.preprocess)
+    preprocess = dict(record["preprocess"])
     for key in ("mean", "std"):
         values = preprocess.get(key, model.pretrained_cfg[key])
         preprocess[key] = list(values) if len(values) == channels else [values[0]] * channels
@@ -114,11 +116,6 @@ def _input_size(plan: Plan, img_size: int | None) -> list[int]:
     if given := img_size or plan.skeleton.args.get("img_size"):
         size[1:] = [given, given] if isinstance(given, int) else list(given)
     return size
-
-
-def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | None) -> dict[str, Any] | None:
-    reference = reference_of(plan.mapping, checkpoint, route(plan.mapping, checkpoint.specs))
-    return fill_reference(reference, plan.mapping, plan.skeleton, _input_size(plan, img_size)) if reference else None
 
 
 def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, size: list[int]) -> dict[str, Any]:

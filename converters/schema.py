@@ -52,6 +52,7 @@ class ReferenceFile(_Strict):
     outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
+    preprocess: dict[str, Any] = {}  # where its published weights want other than the family's
 
 
 class Refusal(_Strict):
