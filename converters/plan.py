@@ -174,9 +174,18 @@ class _Draft:
         if item.problem:
             self.problems.append(item.problem)
         elif isinstance(item.row, Drop):
-            self.drops[item.spec.name] = item.row
+            self._drop(item, item.row)
         elif isinstance(item.row, Rule) and item.match:
             self._send(item, item.row, item.match)
+
+    def _drop(self, item: Route, row: Drop) -> None:
+        self.drops[item.spec.name] = row
+        if row.buffer and item.match:
+            (name,) = row.buffer.render(item.match.captures)
+            there = self.skeleton.buffers.get(name)
+            if there != item.spec.shape:
+                detail = f"{_x(item.spec.shape)} here, {_x(there)} in timm" if there is not None else f"timm has no {name}"
+                self.problems.append(Problem("shape", item.spec.name, item.spec, (row,), detail))
 
     def _send(self, item: Route, rule: Rule, match: Match) -> None:
         name, spec = item.spec.name, item.spec

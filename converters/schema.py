@@ -77,7 +77,7 @@ class DropFile(_Strict):
     """A source that may be dropped only if its values are what its place in timm would have."""
 
     reason: Annotated[str, _SOME]
-    only: Literal["zeros"]
+    only: Annotated[str, _SOME]  # "zeros", or the name of timm's own buffer
 
 
 class Deviation(_Strict):
