@@ -135,6 +135,7 @@ def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, s
         "runner": reference.runner,
         "model": _filled(reference.model, values),
         "outputs": reference.outputs,
+        **({"mend": reference.mend} if reference.mend else {}),
         "any_size": not fixed,
     }
 

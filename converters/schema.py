@@ -62,6 +62,7 @@ class ReferenceFile(_Strict):
     outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
+    mend: dict[str, str] = {}  # modules that its code calls again in the place of others: `{ln1: ln2}`
     preprocess: dict[str, Any] = {}  # where its published weights want other than the family's
 
 

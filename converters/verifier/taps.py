@@ -6,6 +6,7 @@ The mapping's `taps:` say where a source module's counterpart lies differently:
 
     block_{n}_expand_BN:  block_{n}_expand_relu              timm's gives what this one gives
     stages.{i}:           stages.{i} | b h w c -> b (h w) c  timm's, so laid out, is the source's; if of that rank
+    layer{i}.bn2:         none                               timm's gives what no module of the source gives
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def pair_modules(plan: Plan, specs: Dict[str, TensorSpec]) -> tuple[Pair, ...]:
     found = []
     for (source, target), steps in sorted(pairs.items(), key=lambda item: item[0][1]):
         rule = steps[0].origin.rule
-        if rule and here[source] == there[target]:
-            output, layout = _tapped(plan.mapping, source)
+        if rule and here[source] == there[target] and (tap := _tapped(plan.mapping, source)):
+            output, layout = tap
             weights = [step for step in steps if step.target.name == f"{target}.weight"]
             order = "".join(_order(step, specs) for step in weights)
             found.append(Pair(target, source, rule.line, output, layout, order))
@@ -93,8 +94,8 @@ def _carried(mapping: Mapping, step: Step) -> Iterator[tuple[str, str]]:
         yield ".".join(source[: len(source) - depth]), ".".join(target[: len(target) - depth])
 
 
-def _tapped(mapping: Mapping, source: str) -> tuple[str, str]:
-    """The module whose output counts, and the layout, by the mapping's `taps:`."""
+def _tapped(mapping: Mapping, source: str) -> tuple[str, str] | None:
+    """The module whose output counts, and the layout, by the mapping's `taps:`; None where they say `none`."""
     rows, match = most_specific(mapping.taps, split(source))
     if not rows or not match:
         return source, ""
@@ -103,6 +104,8 @@ def _tapped(mapping: Mapping, source: str) -> tuple[str, str]:
         raise mapping.lines.error(f"taps in lines {lines} match {source} alike", "taps", rows[0].pattern.text)
     (way,) = rows[0].ways
     (name,) = way.template.render(match.captures)
+    if name == "none":
+        return None
     return ".".join((*split(name), *match.rest)), way.ops.text
 
 
