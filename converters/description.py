@@ -154,10 +154,12 @@ def _deviations(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _filled(template: Any, values: Mapping[str, Any]) -> Any:
-    """A template with its `$names` replaced; an entry whose name has no value is left out.
+    """A template with its `$names` replaced; an entry with a name that has no value is left out.
 
     >>> _filled({"depth": "$depth", "groups": "$groups", "shape": ["$size", 3]}, {"depth": 50, "size": 8})
     {'depth': 50, 'shape': [8, 3]}
+    >>> _filled({"shape": ["$size", 3]}, {})
+    {}
     """
     if isinstance(template, dict):
         return {key: _filled(value, values) for key, value in template.items() if not _unknown(value, values)}
@@ -167,6 +169,8 @@ def _filled(template: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _unknown(template: Any, values: Mapping[str, Any]) -> bool:
+    if isinstance(template, list):
+        return any(_unknown(part, values) for part in template)
     return isinstance(template, str) and template.startswith("$") and template[1:] not in values
 
 

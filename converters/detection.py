@@ -17,12 +17,13 @@ from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import prefixes, split
-from converters.plan import Plan, Problem, Route, make_plan, read_off, route
+from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
+from converters.signature import read_signature
 from converters.target import build_skeleton, is_known, traits_of
 
-__all__ = ["applies", "applying_families", "find_plan", "name_digest", "reference_of"]
+__all__ = ["applying_families", "find_plan", "name_digest", "reference_of"]
 
 _OPTIONAL = ("head", "fc.", "fc_norm.", "classifier", "last_linear", "norm.")
 
@@ -65,9 +66,9 @@ def find_plan(
                 if nearest is None or len(plan) < len(nearest[0]):
                     nearest = plan, mapping, architecture
             elif mapping.any_target and target is None:
-                closed.append(replace(plan, caveats=caveats))
+                closed.append(replace(plan, caveats=(*caveats, *plan.caveats)))
             else:
-                return replace(plan, caveats=caveats)
+                return replace(plan, caveats=(*caveats, *plan.caveats))
         if closed:
             return _only(closed, checkpoint)
     if inexpressible:
@@ -83,16 +84,12 @@ def find_plan(
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
     """The families whose `detect` names the checkpoint has, those for a few targets before those for any."""
-    found = [mapping for mapping in map(load_mapping, find_mappings()) if applies(mapping, checkpoint)]
+    found = []
+    for name, path in find_mappings().items():
+        signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
+        if signature.applies(checkpoint.tensors):
+            found.append(load_mapping(name))
     return sorted(found, key=lambda mapping: mapping.any_target)
-
-
-def applies(mapping: Family, checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint has the names by which the family is detected."""
-    names = [split(name) for name in checkpoint.tensors]
-    if mapping.strip:
-        names += [mapping.stripped(name) for name in checkpoint.tensors]
-    return all(any(p.match(name) for p in patterns for name in names) for patterns in mapping.detect)
 
 
 def reference_of(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> ReferenceFile | None:
@@ -124,13 +121,13 @@ def _candidates(
         traits_of(target)
         yield target
     elif mapping.any_target:
-        yield from _by_names(checkpoint, routes)
+        yield from _by_names(mapping, checkpoint, routes)
     else:
         yield from (name for name in mapping.targets if is_known(name))  # an older timm lacks some
 
 
-def _by_names(checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
-    """The timm models that a timm checkpoint may be: the one that it names, or those with the same tensor names."""
+def _by_names(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
+    """The timm models that a checkpoint may be: the one that it names, or those with the names that its rules give."""
     named = checkpoint.metadata.get("arch") or checkpoint.metadata.get("architecture")
     if isinstance(named, str):
         try:
@@ -139,7 +136,7 @@ def _by_names(checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
         except TargetError:
             pass
     index = json.loads((mappings_folder() / "timm" / "index.json").read_text("utf-8"))
-    return index.get(name_digest(".".join(item.segments) for item in routes), [])
+    return index.get(name_digest(rendered(mapping, routes)), [])
 
 
 def name_digest(names: Iterable[str]) -> str:

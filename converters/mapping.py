@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from converters.errors import MappingError
-from converters.names import Match, Pattern, Template, split
+from converters.names import Match, Pattern, Template
 from converters.ops import IDENTITY, Pipeline
+<<<<<<< HEAD
 from converters.schema import Deviation, DropFile, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
+=======
+from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.signature import Signature
+>>>>>>> main
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -89,6 +94,7 @@ class Fill:
     line: int
     pattern: Pattern
     value: int | float
+    reason: str = ""  # a caveat
 
     @property
     def text(self) -> str:
@@ -96,7 +102,7 @@ class Fill:
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Mapping(Signature):
     """A family, ready to plan with."""
 
     name: str  # "mmlab/swin", or the path of a file of the user's own
@@ -104,8 +110,6 @@ class Mapping:
     any_target: bool  # whether every timm model may be one
     targets: dict[str, dict[str, Any]]  # with what builds the reference of each
     target_args: dict[str, Any]
-    detect: tuple[tuple[Pattern, ...], ...]
-    strip: tuple[Pattern, ...]
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
@@ -122,15 +126,6 @@ class Mapping:
     def target_names(self) -> list[str]:
         """Its targets; "any" where every timm model is one."""
         return ["any"] if self.any_target else list(self.targets)
-
-    def stripped(self, name: str) -> tuple[str, ...]:
-        """A source name's segments without the prefixes that the family may carry."""
-        segments = split(name)
-        for prefix in self.strip:
-            found = prefix.match(segments)
-            if found and found.rest:
-                segments = found.rest
-        return segments
 
 
 Row = TypeVar("Row", bound=Rule | Drop | Fill)
@@ -161,7 +156,7 @@ def mappings_folder() -> Path:
 def find_mappings() -> dict[str, Path]:
     """Every family that ships, by name."""
     folder = mappings_folder()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def load_mapping(family: str) -> Mapping:
@@ -237,7 +232,8 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
-            Fill(lines.of("fill", text), pattern(text, "fill", text), value) for text, value in file.fill.items()
+            Fill(lines.of("fill", text), pattern(text, "fill", text), *_value(value))
+            for text, value in file.fill.items()
         ),
         enumerate=numbered,
         preprocess=file.preprocess,
@@ -250,6 +246,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
     )
 
 
+<<<<<<< HEAD
 def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], lines: Lines) -> Drop:
     parsed = pattern(left, "drop", left)
     if isinstance(drop, str):
@@ -258,6 +255,10 @@ def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], line
     if buffer and (missing := buffer.fields - parsed.fields):
         raise lines.error(f"`{buffer.text}`: {{{min(missing)}}} is captured nowhere on the left", "drop", left)
     return Drop(lines.of("drop", left), parsed, drop.reason, drop.only == "zeros", buffer)
+=======
+def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
+    return (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
+>>>>>>> main
 
 
 def _check_op(name: str, text: str, lines: Lines) -> None:

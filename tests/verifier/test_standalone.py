@@ -12,7 +12,7 @@ from converters.verifier.worker import REFERENCES
 
 OPENMMLAB = {"mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg"}
 OTHERS = {"keras", "onnxruntime", "safetensors", "tensorflow", "timm", "torch", "torchvision", "transformers"}
-FRAMEWORKS = {"numpy", "importlib_metadata"} | OPENMMLAB | OTHERS
+FRAMEWORKS = {"numpy", "h5py", "importlib_metadata"} | OPENMMLAB | OTHERS
 MODULES = sorted(REFERENCES.glob("*.py"))
 LOCAL = {path.stem for path in MODULES}
 LATER = {  # than Python 3.7, and not a matter of syntax
