@@ -15,12 +15,18 @@ from typing import Any, TypeVar
 from converters.errors import MappingError
 from converters.names import Match, Pattern, Template
 from converters.ops import IDENTITY, Pipeline
-<<<<<<< HEAD
-from converters.schema import Deviation, DropFile, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
-=======
-from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import (
+    Deviation,
+    DropFile,
+    Evidence,
+    FillFile,
+    MappingFile,
+    ReferenceFile,
+    Refusal,
+    RowFile,
+    validate,
+)
 from converters.signature import Signature
->>>>>>> main
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -246,7 +252,6 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
     )
 
 
-<<<<<<< HEAD
 def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], lines: Lines) -> Drop:
     parsed = pattern(left, "drop", left)
     if isinstance(drop, str):
@@ -255,10 +260,10 @@ def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], line
     if buffer and (missing := buffer.fields - parsed.fields):
         raise lines.error(f"`{buffer.text}`: {{{min(missing)}}} is captured nowhere on the left", "drop", left)
     return Drop(lines.of("drop", left), parsed, drop.reason, drop.only == "zeros", buffer)
-=======
+
+
 def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
     return (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
->>>>>>> main
 
 
 def _check_op(name: str, text: str, lines: Lines) -> None:

@@ -196,7 +196,8 @@ class _Draft:
             (name,) = row.buffer.render(item.match.captures)
             there = self.skeleton.buffers.get(name)
             if there != item.spec.shape:
-                detail = f"{_x(item.spec.shape)} here, {_x(there)} in timm" if there is not None else f"timm has no {name}"
+                timms = f"timm has no {name}" if there is None else f"{_x(there)} in timm"
+                detail = f"{_x(item.spec.shape)} here, {timms}"
                 self.problems.append(Problem("shape", item.spec.name, item.spec, (row,), detail))
 
     def _send(self, item: Route, rule: Rule, match: Match) -> None:

@@ -137,7 +137,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, split, copy, sum, sub, add, scale, einops patterns, and ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, split, copy, sum, sub, add, scale, einops ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),
