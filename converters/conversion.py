@@ -15,6 +15,7 @@ from converters.readers import Checkpoint, open_checkpoint
 from converters.readers.files import is_url
 
 if TYPE_CHECKING:
+    from converters.changes import Ways
     from converters.plan import Plan
     from converters.verifier.subject import Subject
 
@@ -51,7 +52,8 @@ def convert(
     args: Mapping[str, Any] | None = None,
     key: str | None = None,
     ema: bool | None = None,
-    img_size: int | None = None,
+    img_size: int | list[int] | None = None,
+    ways: Ways | None = None,
     dtype: str = "source",
     expect_sha256: str | None = None,
     dry_run: bool = False,
@@ -62,8 +64,10 @@ def convert(
     """Convert a checkpoint into a folder that `timm.create_model('local-dir:DIRECTORY', pretrained=True)` loads.
 
     `family` (a name, or a file) and `target` (a timm model) are found where they are not given; `args` are
-    timm's, on top of the mapping's own; `img_size` in pixels; without `allow_deviation` a family that timm
-    computes only nearly is refused. Raises ConverterError; then nothing is left at `directory`.
+    timm's, on top of the mapping's own; `img_size` in pixels, or height and width. Other sizes than the source's
+    (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`. Without
+    `allow_deviation` a family that timm computes only nearly is refused. Raises ConverterError; then nothing is
+    left at `directory`.
     """
     checkpoint = open_checkpoint(_fetch(source, progress) if not dry_run or expect_sha256 else source, key=key, ema=ema)
     wanted = not dry_run or expect_sha256
@@ -72,7 +76,7 @@ def convert(
     from converters.detection import find_plan
     from converters.emitter import new_folder, write_tensors
 
-    plan = find_plan(checkpoint, family=family, target=target, args=args)
+    plan = find_plan(checkpoint, family=family, target=target, args=args, img_size=img_size, ways=ways)
     record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema)
     if digest and expect_sha256 and expect_sha256.lower() != digest.result():
         raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=checkpoint.path)

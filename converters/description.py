@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def describe(
     checkpoint: Checkpoint,
     *,
     dtype: str = "source",
-    img_size: int | None = None,
+    img_size: int | list[int] | None = None,
     key: str | None = None,
     ema: bool | None = None,
 ) -> dict[str, Any]:
@@ -39,8 +40,6 @@ def describe(
     `key` and `ema` are what the checkpoint was opened with.
     """
     mapping, skeleton = plan.mapping, plan.skeleton
-    reference = reference_of(mapping, checkpoint, route(mapping, checkpoint.specs))
-    size = _input_size(plan, img_size)
     return {
         "conversion": 1,
         "source": {
@@ -58,9 +57,10 @@ def describe(
         "family_sha256": hashlib.sha256(mapping.path.read_bytes()).hexdigest(),
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
-        "input_size": size,
-        "preprocess": {**mapping.preprocess, **(reference.preprocess if reference else {})},
-        "reference": fill_reference(reference, mapping, skeleton, size) if reference else None,
+        "input_size": _input_size(plan.skeleton, img_size),
+        "preprocess": plan.preprocess,
+        "reference": _reference(plan, checkpoint, img_size),
+        "changes": [asdict(change) for change in plan.changes],
         "caveats": [*plan.caveats, *checkpoint.notes],
         "deviation": _deviations(plan),
         "tensors": {
@@ -94,10 +94,12 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
 
     model = plan.skeleton.model
     channels, height, width = record["input_size"]
-    preprocess = dict(record["preprocess"])
+    preprocess = dict(plan.preprocess)
     for key in ("mean", "std"):
-        values = preprocess.get(key, model.pretrained_cfg[key])
-        preprocess[key] = list(values) if len(values) == channels else [values[0]] * channels
+        values = list(preprocess.get(key, model.pretrained_cfg[key]))
+        if channels == 1:
+            values = [sum(values) / len(values)]
+        preprocess[key] = [values[channel % len(values)] for channel in range(channels)]
     save_config_for_hf(
         model,
         str(path),
@@ -110,12 +112,27 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
     _write_json(path, config)
 
 
-def _input_size(plan: Plan, img_size: int | None) -> list[int]:
-    size = list(plan.skeleton.model.pretrained_cfg["input_size"])
-    size[0] = plan.skeleton.args.get("in_chans", size[0])
-    if given := img_size or plan.skeleton.args.get("img_size"):
+def _input_size(skeleton: Skeleton, img_size: int | list[int] | None) -> list[int]:
+    """Channels, height and width."""
+    size = list(skeleton.model.pretrained_cfg["input_size"])
+    size[0] = skeleton.args.get("in_chans", size[0])
+    if given := img_size or skeleton.args.get("img_size"):
         size[1:] = [given, given] if isinstance(given, int) else list(given)
     return size
+
+
+def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | list[int] | None) -> dict[str, Any] | None:
+    """The reference of the source's own model, and those of its outputs that no change touches."""
+    reference = reference_of(plan.mapping, checkpoint, route(plan.mapping, checkpoint.specs))
+    if reference is None or any(change.inside for change in plan.changes):
+        return None
+    own = plan.unchanged or plan.skeleton
+    block = fill_reference(reference, plan.mapping, own, _input_size(own, img_size))
+    if plan.changes:
+        block["outputs"] = {name: theirs for name, theirs in block["outputs"].items() if name != "logits"}
+    if plan.bgr:
+        block["input"] = "flip 1"
+    return block if block["outputs"] else None
 
 
 def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, size: list[int]) -> dict[str, Any]:
@@ -178,7 +195,8 @@ def _card(record: Mapping[str, Any]) -> str:
     source, target = record["source"], record["target"]
     args = ", ".join(f"{key}={value!r}" for key, value in target["args"].items()) or "timm's defaults"
     sources = sum("from" in tensor for tensor in record["tensors"].values())
-    caveats = "".join(f"\n> {caveat}\n" for caveat in record["caveats"])
+    changes = [f"Changed on request: {change['text']}." for change in record["changes"]]
+    caveats = "".join(f"\n> {caveat}\n" for caveat in (*changes, *record["caveats"]))
     return f"""---
 library_name: timm
 tags:

@@ -18,7 +18,7 @@ from converters.ops import IDENTITY, OpError, Pipeline
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 
-__all__ = ["Origin", "Plan", "Problem", "Route", "Step", "make_plan", "read_off", "rendered", "route"]
+__all__ = ["Change", "Origin", "Plan", "Problem", "Route", "Step", "make_plan", "read_off", "rendered", "route"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What the user asked for beyond the source's own sizes (see changes.py)."""
+
+    text: str  # the op and its tensors, folded
+    inside: bool  # whether features change too, and not only a classifier
+
+
+@dataclass(frozen=True)
 class Plan:
     """A conversion that closes."""
 
@@ -50,6 +58,10 @@ class Plan:
     steps: tuple[Step, ...]
     drops: dict[str, Drop]  # source name: the row that discards it
     caveats: tuple[str, ...] = ()  # what the file cannot rule out; to be shown
+    unchanged: Skeleton | None = None  # the source's own, where changes were asked for
+    changes: tuple[Change, ...] = ()
+    preprocess: dict[str, Any] = field(default_factory=dict)  # the mapping's, and over it what the file says
+    bgr: bool = False  # whether the first convolution was turned, since the source takes BGR images
 
     @property
     def origins(self) -> dict[int, list[Step]]:
@@ -70,6 +82,7 @@ class Problem:
     rows: tuple[Rule | Drop | Fill, ...] = ()
     detail: str = ""
     target: str = ""  # for a source that a rule sends nowhere: the name that the target lacks
+    shape: tuple[int, ...] = ()  # for a target of another shape: the one that its source would give
 
 
 @dataclass(frozen=True)
@@ -261,9 +274,11 @@ class _Draft:
             shapes = gather.ops.shapes([spec.shape for spec in sources], len(names))
         except OpError as error:
             return fail("op", str(error))
-        for spec, shape in zip(wanted, shapes, strict=True):
-            if spec.shape != shape:
-                return fail("shape", f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm")
+        if any(spec.shape != shape for spec, shape in zip(wanted, shapes, strict=True)):
+            for spec, shape in zip(wanted, shapes, strict=True):
+                detail = f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm"
+                self.problems.append(Problem("shape", spec.name, spec, (gather.rule,), detail, shape=shape))
+            return []
         for spec in sources:
             if spec.dtype != sources[0].dtype:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {sources[0].dtype} from {sources[0].name}")

@@ -22,10 +22,11 @@ MODULES = {
 FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("errors", "tensors"),
     ("names", "ops", "strict_yaml"),
+    ("normalizers",),
     ("schema", "signature", "target", "readers"),
     ("mapping",),
     ("plan",),
-    ("diagnosis", "emitter", "lint", "verifier"),
+    ("changes", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
     ("detection",),
     ("description",),
     ("closing", "conversion", "differences"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from converters.cli.options import Ema, Json, Key, Source, argument, print_json
+from converters.cli.options import Ema, Json, Key, Source, argument, channels, class_list, pixels, print_json
 
 __all__ = ["convert", "demo", "inspect"]
 
@@ -35,7 +35,23 @@ def convert(
     arg: Annotated[list[str] | None, typer.Option(metavar="K=V", help="An argument of the timm model.")] = None,
     key: Key = None,
     ema: Ema = None,
-    img_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Pixels a side, for config.json.")] = None,
+    img_size: Annotated[
+        str | None, typer.Option(metavar="N|HxW", help="Pixels; models that are built for one size are changed to it.")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="0 removes the classifier; another number gives a new one.")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="A:B|FILE", help="Keep these classes: 1: drops the first; FILE lists one a line, from 0."),
+    ] = None,
+    in_chans: Annotated[
+        str | None, typer.Option(metavar="N|rgba", help="Input channels, as timm adapts them; rgba ignores alpha.")
+    ] = None,
+    resample: Annotated[str, typer.Option(help="How sizes are changed: timm, bicubic or bilinear.")] = "timm",
+    bgr: Annotated[
+        bool | None, typer.Option("--bgr/--rgb", help="Which images the source takes; else what the file says.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="source, float32, float16 or bfloat16.")] = "source",
     expect_sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse any other content.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no tensor data.")] = False,
@@ -53,16 +69,25 @@ def convert(
         raise typer.BadParameter("say where to with -o DIR, or use --dry-run")
     if dtype not in ("source", "float32", "float16", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype} is none of source, float32, float16, bfloat16")
+    from converters.changes import Ways
+
+    args = dict(map(argument, arg or []))
+    if num_classes is not None:
+        args["num_classes"] = num_classes
+    if in_chans is not None:
+        args["in_chans"] = channels(in_chans)
+    ways = Ways(resample, class_list(classes) if classes else None, alpha=in_chans == "rgba", bgr=bgr)
     with progress_bar("converting") as progress:
         conversion = convert_checkpoint(
             ckpt,
             out or Path(),
             family=family,
             target=to,
-            args=dict(map(argument, arg or [])),
+            args=args,
             key=key,
             ema=ema,
-            img_size=img_size,
+            img_size=pixels(img_size) if img_size else None,
+            ways=ways,
             dtype=dtype,
             expect_sha256=expect_sha256,
             dry_run=dry_run,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +22,9 @@ __all__ = [
     "Timeout",
     "Trust",
     "argument",
+    "channels",
+    "class_list",
+    "pixels",
     "print_json",
 ]
 
@@ -65,6 +70,31 @@ def argument(text: str) -> tuple[str, Any]:
         return key, json.loads(value, parse_constant=str)
     except json.JSONDecodeError:
         return key, value
+
+
+def pixels(text: str) -> int | list[int]:
+    """`224`, or height and width: `224x320`."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise typer.BadParameter(f"--img-size {text} is no size; write 224 or 224x320")
+    return int(text) if len(sides) == 1 else list(map(int, sides))
+
+
+def channels(text: str) -> int:
+    """`1`, or `rgba` for 4."""
+    if text != "rgba" and not (text.isdecimal() and int(text)):
+        raise typer.BadParameter(f"--in-chans {text} is no number of channels; write 1, 4 or rgba")
+    return 4 if text == "rgba" else int(text)
+
+
+def class_list(text: str) -> slice | tuple[int, ...]:
+    """`1:`, or a file of class numbers, one a line."""
+    if found := re.fullmatch("([0-9]*):([0-9]*)", text):
+        return slice(*(int(end) if end else None for end in found.groups()))
+    try:
+        return tuple(int(line.split()[0]) for line in Path(text).read_text("utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"--classes {text}: {error}; write 1: or name a file with a number a line") from error
 
 
 def print_json(document: Any) -> None:

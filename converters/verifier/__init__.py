@@ -69,6 +69,9 @@ def verify(
     tell = progress or (lambda step: None)
     tell("checking the source")
     subject = read_subject(Path(directory))
+    if subject.changes:
+        what = f"was changed on request ({'; '.join(subject.changes)}), and no other model computes its function"
+        raise ReferenceFailed(what, file=directory, cure="verify a conversion without the change")
     checkpoint = open_source(subject, source)
     tell("running the reference")
     if reference is not None and reference.endswith(".npz"):

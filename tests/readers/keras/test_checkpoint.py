@@ -54,6 +54,7 @@ FORMS = [  # file, integrity, writer, names that differ because the form does no
     ("zoo.h5", NONE, "Keras 3.", {}),
     ("zoo.legacy.h5", NONE, "Keras 3.", STEM),
     ("zoo.weights.h5", NONE, "None", VARIABLE),
+    ("zoo.weights.json", NONE, "None", VARIABLE),
     *((f"trained.{end}", CRC if end == "keras" else NONE, "Keras 3.", {}) for end in ("keras", "h5", "legacy.h5")),
     ("trained.weights.h5", NONE, "None", {}),
 ]
@@ -79,7 +80,7 @@ def test_a_file_without_names_is_read_by_path(forms: Path, expected: dict[str, d
     assert len(found) == len(expected["zoo"])
 
 
-@pytest.mark.parametrize("form", ["trained.keras", "trained.h5", "trained.weights.h5"])
+@pytest.mark.parametrize("form", ["trained.keras", "trained.h5", "trained.weights.h5", "trained.weights.json"])
 def test_the_optimizer_is_set_aside(form: str, forms: Path, expected: dict[str, dict[str, Any]]) -> None:
     checkpoint = open_checkpoint(forms / form)
     assert checkpoint.format == "Keras"
