@@ -207,10 +207,8 @@ class _Draft:
         self.drops[item.spec.name] = row
         if row.buffer and item.match:
             (name,) = row.buffer.render(item.match.captures)
-            there = self.skeleton.buffers.get(name)
-            if there != item.spec.shape:
-                timms = f"timm has no {name}" if there is None else f"{_x(there)} in timm"
-                detail = f"{_x(item.spec.shape)} here, {timms}"
+            if (there := self.skeleton.buffers.get(name, ())) != item.spec.shape:
+                detail = f"{_x(item.spec.shape)} here, {_x(there)} in timm"
                 self.problems.append(Problem("shape", item.spec.name, item.spec, (row,), detail))
 
     def _send(self, item: Route, rule: Rule, match: Match) -> None:
