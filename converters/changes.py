@@ -144,7 +144,8 @@ class _Changing:
         """What was changed, for a person: the op and its tensors, folded."""
         for text, names in self.made.items():
             folded = ", ".join(name for name, _ in fold(names))
-            yield Change(f"{text}: {folded}", inside=not _heads(self.old).issuperset(names))
+            head = _heads(self.old).issuperset(names)
+            yield Change(f"{text}: {folded}", inside=not head, classes=(self.kept or ()) if head else ())
 
 
 def _resampler(name: str, old: Shape, new: Shape, sizes: tuple[Size | None, Size | None], way: str) -> Op | None:

@@ -54,6 +54,8 @@ def convert(
     ema: bool | None = None,
     img_size: int | list[int] | None = None,
     ways: Ways | None = None,
+    features: bool = False,
+    license: str | None = None,
     dtype: str = "source",
     expect_sha256: str | None = None,
     dry_run: bool = False,
@@ -65,7 +67,8 @@ def convert(
 
     `family` (a name, or a file) and `target` (a timm model) are found where they are not given; `args` are
     timm's, on top of the mapping's own; `img_size` in pixels, or height and width. Other sizes than the source's
-    (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`. Without
+    (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`. `features`
+    gives the tensors the names of a `features_only=True` model. `license` is for the model card. Without
     `allow_deviation` a family that timm computes only nearly is refused. Raises ConverterError; then nothing is
     left at `directory`.
     """
@@ -75,9 +78,11 @@ def convert(
     from converters.description import describe, write_description
     from converters.detection import find_plan
     from converters.emitter import new_folder, write_tensors
+    from converters.features import only_features
 
     plan = find_plan(checkpoint, family=family, target=target, args=args, img_size=img_size, ways=ways)
-    record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema)
+    plan = only_features(plan) if features else plan
+    record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema, license=license)
     if digest and expect_sha256 and expect_sha256.lower() != digest.result():
         raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=checkpoint.path)
     if dry_run or digest is None:

@@ -47,6 +47,7 @@ class Change:
 
     text: str  # the op and its tensors, folded
     inside: bool  # whether features change too, and not only a classifier
+    classes: tuple[int, ...] = ()  # which of the source's classes are kept, in this order
 
 
 @dataclass(frozen=True)

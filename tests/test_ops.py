@@ -117,6 +117,7 @@ def test_sum_rounds_once_and_cannot_be_undone():
         ("scale .5", [[1.0, -3.0]], [0.5, -1.5]),
         ("sub", [[2.0**24 + 2, 5.0], [1.0, 2.0], [1.0, 3.0]], [2.0**24, 0.0]),
         ("sub", [[2.0]], [2.0]),
+        ("sqrt", [[4.0, 0.0]], [2.0, 0.0]),
     ],
 )
 def test_ops_that_calculate_round_once(text, given, wanted):
@@ -137,7 +138,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, split, copy, sum, sub, add, scale, einops ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, split, copy, sqrt, sub, sum, add, scale, einops ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),

@@ -52,6 +52,10 @@ def convert(
     bgr: Annotated[
         bool | None, typer.Option("--bgr/--rgb", help="Which images the source takes; else what the file says.")
     ] = None,
+    purpose: Annotated[
+        str, typer.Option("--for", metavar="model|features", help="features: the names of a features_only model.")
+    ] = "model",
+    license: Annotated[str | None, typer.Option(metavar="ID", help="For the model card: apache-2.0, ...")] = None,
     dtype: Annotated[str, typer.Option(help="source, float32, float16 or bfloat16.")] = "source",
     expect_sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse any other content.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no tensor data.")] = False,
@@ -69,6 +73,8 @@ def convert(
         raise typer.BadParameter("say where to with -o DIR, or use --dry-run")
     if dtype not in ("source", "float32", "float16", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype} is none of source, float32, float16, bfloat16")
+    if purpose not in ("model", "features"):
+        raise typer.BadParameter(f"--for {purpose} is none of model, features")
     from converters.changes import Ways
 
     args = dict(map(argument, arg or []))
@@ -88,6 +94,8 @@ def convert(
             ema=ema,
             img_size=pixels(img_size) if img_size else None,
             ways=ways,
+            features=purpose == "features",
+            license=license,
             dtype=dtype,
             expect_sha256=expect_sha256,
             dry_run=dry_run,
