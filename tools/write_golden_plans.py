@@ -185,7 +185,7 @@ def of_references(family: str) -> dict[str, Specs]:
                 found[question.number] = title, {"metadata": {}, "tensors": tensors}
     titles = Counter(title for title, _ in found.values())
     return {
-        title if titles[title] == 1 else f"{title}, {', '.join(mapping.references[number].outputs)}": source
+        title if titles[title] == 1 else f"{title}, reference {number + 1}": source
         for number, (title, source) in sorted(found.items())
     }
 
