@@ -93,6 +93,8 @@ def show_inspection(inspection: Inspection) -> None:
         _say("family", plan.mapping.name)
         _say("target", _target(plan))
         _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
+    if near := inspection.nearest:
+        _say("nearest", f"{near.family}, to {near.target}: {near.problems} problem{'s' * (near.problems != 1)}")
     _caveats(checkpoint, plan)
     _say("set aside", "; ".join(f"{name} ({reason})" for name, reason in checkpoint.set_aside.items()))
     _say("metadata", ", ".join(_brief(key, value) for key, value in checkpoint.metadata.items()))

@@ -17,7 +17,16 @@ from converters.readers import Contents
 from converters.readers.files import SourceFile
 from converters.readers.keras.archive import CONFIG, METADATA, is_archive, open_archive
 from converters.readers.keras.hdf5 import SIGNATURE, Hdf5, faults, open_hdf5
-from converters.readers.keras.names import OPTIMIZERS, Variable, is_vars, list_layers, name_legacy, name_modern, natural
+from converters.readers.keras.names import (
+    METRICS,
+    OPTIMIZERS,
+    Variable,
+    is_vars,
+    list_layers,
+    name_legacy,
+    name_modern,
+    natural,
+)
 from converters.readers.keras.shards import Shards, is_index, open_shards
 
 __all__ = ["FORMAT", "accepts", "read"]
@@ -46,8 +55,8 @@ def read(path: Path) -> Contents:
     else:
         hdf5 = open_shards(source)
         files = hdf5.sources
-    integrity = "Fletcher-32 of every chunk" if hdf5.is_checksummed else "none in format"
-    integrity = "CRC-32 of the archive" if head.startswith(b"PK") else integrity
+    own = "Fletcher-32 of every chunk" if hdf5.is_checksummed else "none in format"
+    integrity = "CRC-32 of the archive" if head.startswith(b"PK") else own
 
     root = "model_weights" if "model_weights" in hdf5.groups else ""
     for key in ("keras_version", "backend"):
@@ -82,7 +91,7 @@ def _parse(text: str | bytes, member: str, file: Path) -> dict[str, Any]:
 
 
 def _build_tree(hdf5: Hdf5 | Shards, variables: list[Variable], reserved: Mapping[str, Any]) -> dict[str, Any]:
-    """Every dataset as a tensor: the variables, the optimizer's state apart, and the rest by path."""
+    """Every dataset as a tensor: the variables, the optimizer's state and metrics apart, and the rest by path."""
     owners = Counter(module for module, _ in {(variable.module, variable.owner) for variable in variables})
     named = [
         (v.dataset, "/".join(filter(None, (v.module if owners[v.module] == 1 else v.full_module, v.role))))
@@ -91,10 +100,13 @@ def _build_tree(hdf5: Hdf5 | Shards, variables: list[Variable], reserved: Mappin
     rest = sorted(hdf5.datasets.keys() - {dataset for dataset, _ in named}, key=natural)
     tree: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for dataset, name in [*named, *((dataset, dataset) for dataset in rest)]:
         first, _, below = dataset.partition("/")
-        into, name = (optimizer, below) if first in OPTIMIZERS and below else (tree, name)
-        if name in into or (into is tree and name in {*reserved, "optimizer"}):
+        into = optimizer if first in OPTIMIZERS else metrics if first == METRICS and "/vars/" in below else tree
+        into, name = (into, below) if into is not tree and below else (tree, name)
+        if name in into or (into is tree and name in {*reserved, "optimizer", METRICS}):
             raise DamagedCheckpoint("stands twice", file=hdf5.file, tensor=name)
         into[name] = hdf5.tensor(dataset, name)
-    return {**tree, "optimizer": optimizer} if optimizer else tree
+    apart = {"optimizer": optimizer, METRICS: metrics}
+    return {**tree, **{name: held for name, held in apart.items() if held}}

@@ -23,6 +23,7 @@ from converters.readers.keras.hdf5.messages import Attribute
 from converters.readers.keras.hdf5.structures import Dataset
 
 __all__ = [
+    "METRICS",
     "OPTIMIZERS",
     "Groups",
     "Layer",
@@ -37,6 +38,7 @@ __all__ = [
 
 CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # where a model keeps its layers; the latter before Keras 3
 OPTIMIZERS = ("optimizer", "optimizer_weights")
+METRICS = "metrics"  # where Keras 2 keeps, beside a model's layers, what its metrics have counted
 LONGEST_PATH = 512  # characters
 TOP = "top_level_model_weights"  # where an older .h5 keeps what belongs to no layer
 ATTENTION = {  # attributes of attention: the names of the layers there
@@ -124,7 +126,7 @@ def name_modern(hdf5: Groups, layers: list[Layer]) -> Iterator[Variable]:
     holders: dict[str, list[str]] = {}
     for dataset in sorted(hdf5.datasets, key=natural):
         group = dataset.rpartition("/")[0]
-        if is_vars(group) and dataset.split("/")[0] not in OPTIMIZERS:
+        if is_vars(group) and dataset.split("/")[0] not in (*OPTIMIZERS, METRICS):
             holders.setdefault(group, []).append(dataset)
     settings = {layer.path: layer.settings for layer in layers}
     known = {_layer_path(group): hdf5.text(group, "name") for group in hdf5.groups if is_vars(group)}

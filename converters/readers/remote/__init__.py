@@ -78,7 +78,7 @@ class RemotePath:
         return bool(self.local or self.ranges or (self.folder and self.folder.holds(self.url)))
 
     def is_dir(self) -> bool:
-        return bool(self.folder) and self.folder.is_folder(self.url)
+        return self.folder is not None and self.folder.is_folder(self.url)
 
     def is_relative_to(self, other: object) -> bool:
         return isinstance(other, RemotePath) and self.url.startswith(f"{other.url}/")

@@ -29,6 +29,7 @@ ASIDE = {  # a word in a name: what such a thing is, whatever it holds
     **dict.fromkeys(("sched", "scheduler", "schedulers"), "scheduler state"),
     **dict.fromkeys(("amp", "scaler"), "loss scaler state"),
     "rng": "random generator state",
+    "metrics": "what metrics have counted",
 }
 ADAPTERS = frozenset({"lora_A", "lora_B", "lora_up", "lora_down"})
 PACKED = frozenset({"_packed_params", "qweight", "qzeros", "SCB", "absmax"})

@@ -153,6 +153,15 @@ def test_what_is_not_of_keras_says_so(tmp_path: Path) -> None:
     assert not keras.accepts(tmp_path / "other.h5", b"PK\x03\x04")
 
 
+def test_what_keras_2_counts_beside_layers_is_set_aside(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "old.weights.h5", "w") as file:
+        for place in ("layers/dense/vars/0", "metrics/mean/vars/0", "metrics/mean/vars/1", "optimizer/vars/0"):
+            file[place] = np.zeros((2, 2), "f4")
+    found = open_checkpoint(tmp_path / "old.weights.h5")
+    assert list(found.tensors) == ["layers/dense/kernel"]
+    assert found.set_aside == {"optimizer.**": "optimizer state", "metrics.**": "what metrics have counted"}
+
+
 def test_what_no_layer_lists_is_not_lost(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "more.h5", "w") as file:
         file.attrs["layer_names"] = np.array([], "S1")
