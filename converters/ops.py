@@ -11,14 +11,15 @@ An op takes a list of tensors and gives a list. It is written as one of
     flip 1                          an axis reversed (BGR to RGB)
     zeros 1                         a tensor of zeros beside the others, at place 1, like the first (a missing key bias)
     sum                             several tensors of one shape are added
-    sqrt                            the square root of every element
     sub                             the others are subtracted from the first
+    abs                             every element's magnitude
+    sqrt                            the square root of every element
     add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
     scale 0.5                       every element is multiplied
 
 and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
-others calculate in float64 and round once. An op has no face for shapes of its own: on torch's meta device it
-computes them, so a plan checks whole chains before a byte is read.
+others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
+torch's meta device it computes them, so a plan checks whole chains before a byte is read.
 
 >>> import torch
 >>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]
@@ -301,19 +302,15 @@ def _without(place: int) -> Op:
     )
 
 
-_COPY = Op(
-    "copy",
-    lambda tensors, parts: tensors * parts,
-    lambda shapes: Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY),
-)
+_FIRST = Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY)
+_COPY = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST)
 
 
 def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
-    """An op that computes elements: in float64, rounded once to the dtype that came in."""
+    """An op that computes elements, in float64; rounding is for whoever stores them."""
 
     def run(tensors: Tensors, parts: int) -> Tensors:
-        dtype = tensors[0].dtype
-        return [result.to(dtype) for result in function([tensor.double() for tensor in tensors])]
+        return function([tensor.double() for tensor in tensors])
 
     return Op(text, run, None)
 
@@ -330,6 +327,10 @@ def _sub(tensors: Tensors) -> Tensors:
     return [tensors[0] - torch.stack([torch.zeros_like(tensors[0]), *tensors[1:]]).sum(0)]
 
 
+def _abs(tensors: Tensors) -> Tensors:
+    return [tensor.abs() for tensor in tensors]
+
+
 def _sqrt(tensors: Tensors) -> Tensors:
     return [tensor.sqrt() for tensor in tensors]
 
@@ -344,5 +345,5 @@ def _scale(tensors: Tensors, constant: float) -> Tensors:
 
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
-_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"sqrt": _sqrt, "sub": _sub, "sum": _sum}
+_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": _abs, "sqrt": _sqrt, "sub": _sub, "sum": _sum}
 _CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}

@@ -191,7 +191,7 @@ class _Draft:
     def __init__(self, mapping: Mapping, skeleton: Skeleton, routes: tuple[Route, ...]) -> None:
         self.mapping, self.skeleton = mapping, skeleton
         self.existing = _Existing(skeleton.modules, prefixes(item.segments for item in routes))
-        self.numbered = {key: skeleton.number(pattern) for key, pattern in mapping.enumerate.items()}
+        self.numbered = {key: skeleton.number(*patterns) for key, patterns in mapping.enumerate.items()}
         self.problems: list[Problem] = []
         self.drops: dict[str, Drop] = {}
         self.reached: dict[str, _Gather] = {}
@@ -242,7 +242,7 @@ class _Draft:
             fills, _ = most_specific(self.mapping.fill, split(name))
             if len(fills) != 1:
                 self.problems.append(Problem("tie" if fills else "missing", name, spec, tuple(fills)))
-            elif isinstance(fills[0].value, float) and _kind(spec.dtype) != "float":
+            elif isinstance(fills[0].value, float) and spec.kind != "float":
                 self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
                 steps.append(Step(spec, Origin(fill=fills[0].value)))
@@ -281,7 +281,7 @@ class _Draft:
         for spec in sources:
             if spec.dtype != sources[0].dtype:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {sources[0].dtype} from {sources[0].name}")
-            if _kind(spec.dtype) != _kind(wanted[0].dtype):
+            if spec.kind != wanted[0].kind:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {wanted[0].dtype} in timm")
         origin = Origin(tuple(s.name for s in sources), gather.ops, gather.rule, parts=len(names))
         return [
@@ -308,10 +308,13 @@ def _destination(
     for key in captures.keys() & mapping.enumerate.keys() & numbered.keys():
         modules, number = numbered[key], captures[key]
         if not isinstance(number, int) or not 0 <= number < len(modules):
-            raise _Homeless(f"the target has only {len(modules)} of {mapping.enumerate[key].text}")
+            kinds = " and ".join(pattern.text for pattern in mapping.enumerate[key])
+            raise _Homeless(f"the target has only {len(modules)} of {kinds}")
         captures |= modules[number]
     try:
-        way = _way(item.row, captures, existing)
+        way = _way(
+            item.row, captures, existing, {field for modules in numbered.values() for one in modules for field in one}
+        )
         names = way.template.render(captures)
     except ValueError as error:  # arithmetic on a word, a division by zero
         raise _Homeless(str(error)) from error
@@ -322,9 +325,10 @@ def _destination(
     return tuple(f"{name}.{tail}" for name in names), leaf.ops + way.ops
 
 
-def _way(rule: Rule, captures: dict[str, Any], existing: _Existing) -> Way:
+def _way(rule: Rule, captures: dict[str, Any], existing: _Existing, numbered: set[str]) -> Way:
+    """The first way whose guard holds, of those for the kind of module that was numbered."""
     for way in rule.ways:
-        if existing.holds(way, captures):
+        if not (way.template.fields - captures.keys()) & numbered and existing.holds(way, captures):
             return way
     raise _Homeless("no way of this row has a guard that holds")
 
@@ -339,11 +343,6 @@ def _leaf(mapping: Mapping, item: Route) -> Leaf:
         if way.rank in (None, rank):
             return way
     raise _Homeless(f"leaves.yaml has no layout for a `{leaf}` of rank {rank}")
-
-
-def _kind(dtype: str) -> str:
-    """What a dtype holds: a cast between two of a kind may round, between kinds it means something else."""
-    return next(kind for kind in ("float", "int", "complex", "bool") if kind in dtype)
 
 
 def _x(shape: tuple[int, ...]) -> str:
