@@ -190,14 +190,14 @@ def _plan_for(
     if exactly and not asked.ways.classes and not trained_windows(build_skeleton(architecture, given), sizes):
         plan = make_plan(mapping, routes, build_skeleton(architecture, given | sizes))
         if isinstance(plan, Plan):
-            return _with_preprocessing(plan, checkpoint, asked)
+            return _with_preprocessing(plan, reference, checkpoint, asked)
         if not sizes:
             return plan
     for _ in range(3):  # with other patches the grid is another one, and it may have another size
         skeleton = build_skeleton(architecture, given)
         plan = make_plan(mapping, routes, skeleton)
         if isinstance(plan, Plan):
-            plan = _with_preprocessing(plan, checkpoint, asked)
+            plan = _with_preprocessing(plan, reference, checkpoint, asked)
             return change(plan, sizes, asked.ways) if sizes or asked.ways.classes else plan
         more = {} if exactly else own_sizes(skeleton, plan)
         if not more:
@@ -206,10 +206,11 @@ def _plan_for(
     return plan
 
 
-def _with_preprocessing(plan: Plan, checkpoint: Checkpoint, asked: _Asked) -> Plan:
+def _with_preprocessing(plan: Plan, reference: ReferenceFile | None, checkpoint: Checkpoint, asked: _Asked) -> Plan:
     """The plan with what the file says of its model's input, or the user."""
     found, row = read_preprocessing(checkpoint.metadata), plan.mapping.targets.get(plan.skeleton.architecture, {})
-    values = {**filled(plan.mapping.preprocess, row), **found.values}
+    published = {**plan.mapping.preprocess, **(reference.preprocess if reference else {})}
+    values = {**filled(published, row), **found.values}
     bgr = values.pop("bgr", False) or found.bgr if asked.ways.bgr is None else asked.ways.bgr
     plan = replace(plan, preprocess=values)
     plan = take_bgr(plan) if bgr else plan

@@ -5,6 +5,7 @@ Every fault is a MappingError that names file and line.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +16,17 @@ from converters.errors import MappingError
 from converters.names import Pattern, Template
 from converters.ops import IDENTITY, Pipeline
 from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Way
-from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import (
+    Deviation,
+    DropFile,
+    Evidence,
+    FillFile,
+    MappingFile,
+    ReferenceFile,
+    Refusal,
+    RowFile,
+    validate,
+)
 from converters.signature import Sign, Signature
 from converters.strict_yaml import Lines, load
 
@@ -143,8 +154,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         for left, right in file.rules.items()
     ]
     for left, drop in file.drop.items():
-        reason = drop if isinstance(drop, str) else drop.reason
-        rows.append(Drop(lines.of("drop", left), pattern(left, "drop", left), reason, zeros=drop is not reason))
+        rows.append(_drop(left, drop, pattern, lines))
     if file.targets == "none" and not any(one.when == Evidence() for one in file.refuse):
         raise lines.error("without targets a family needs a reason: a `refuse` without `when`", "targets")
     references = file.reference if isinstance(file.reference, list) else [file.reference]
@@ -177,6 +187,16 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         lines=lines,
         title=title,
     )
+
+
+def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], lines: Lines) -> Drop:
+    parsed = pattern(left, "drop", left)
+    if isinstance(drop, str):
+        return Drop(lines.of("drop", left), parsed, drop)
+    buffer = None if drop.only == "zeros" else Template.parse(drop.only)
+    if buffer and (missing := buffer.fields - parsed.fields):
+        raise lines.error(f"`{buffer.text}`: {{{min(missing)}}} is captured nowhere on the left", "drop", left)
+    return Drop(lines.of("drop", left), parsed, drop.reason, drop.only == "zeros", buffer)
 
 
 def _value(fill: int | float | FillFile) -> tuple[int | float, str]:

@@ -6,6 +6,8 @@ An op takes a list of tensors and gives a list. It is written as one of
     ... (c h w) -> ... (w h c), h=2, w=2
     cat                             several tensors become one, along the first axis (`cat 1`: the second)
     chunk                           one becomes as many as there are names for, in equal parts
+    split 1 2                       as `chunk`, in parts of these proportions (q from k and v)
+    copy                            one becomes as many as there are names for, all alike
     flip 1                          an axis reversed (BGR to RGB)
     zeros 1                         a tensor of zeros beside the others, at place 1, like the first (a missing key bias)
     sum                             several tensors of one shape are added
@@ -16,8 +18,8 @@ An op takes a list of tensors and gives a list. It is written as one of
     scale 0.5                       every element is multiplied
 
 and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
-others calculate in float64 and round once. An op has no face for shapes of its own: on torch's meta device it
-computes them, so a plan checks whole chains before a byte is read.
+others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
+torch's meta device it computes them, so a plan checks whole chains before a byte is read.
 
 >>> import torch
 >>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]
@@ -35,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CALCULATING", "IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
+__all__ = ["IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
 
 Tensors = list["torch.Tensor"]
 
@@ -67,18 +69,23 @@ class Op:
         word, *rest = text.split()
         if word in _MOVING and len(rest) <= 1 and all(re.fullmatch("[0-9]", part) for part in rest):
             return _MOVING[word](text, int(rest[0]) if rest else 0)
+        if word == "split" and len(rest) > 1 and all(re.fullmatch("[1-9]", part) for part in rest):
+            return _share(text, [int(part) for part in rest])
+        if word == "copy" and not rest:
+            return _COPY
         if word in _GATHERING and not rest:
             return _calculating(text, _GATHERING[word])
         if word in _CONSTANT and len(rest) == 1 and re.fullmatch(_NUMBER, rest[0]):
             return _calculating(text, partial(_CONSTANT[word], constant=float(rest[0])))
         for words, takes in (
             (_MOVING, "the number of an axis or a place, and nothing else"),
-            (_GATHERING, "nothing"),
+            ((*_GATHERING, "copy"), "nothing"),
             (_CONSTANT, "one number"),
+            (("split",), "the proportions of two or more parts, each from 1 to 9"),
         ):
             if word in words:
                 raise ValueError(f"`{text}`: {word} takes {takes}")
-        there = ", ".join([*_MOVING, *_GATHERING, *_CONSTANT])
+        there = ", ".join([*_MOVING, "split", "copy", *_GATHERING, *_CONSTANT])
         raise ValueError(f"`{text}` is no op; there are {there}, einops patterns, and the entries of `ops:`")
 
 
@@ -263,6 +270,17 @@ def _chunk(text: str, axis: int) -> Op:
     return Op(text, run, lambda shapes: _cat(f"cat {axis}", axis))
 
 
+def _share(text: str, shares: list[int]) -> Op:
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        (tensor,) = tensors
+        unit, rest = divmod(len(tensor), sum(shares))
+        if rest:
+            raise ValueError(f"an axis of {len(tensor)} has no {sum(shares)} equal shares")
+        return list(tensor.split([share * unit for share in shares]))
+
+    return Op(text, run, lambda shapes: _cat("cat", 0))
+
+
 def _flip(text: str, axis: int) -> Op:
     return Op(text, lambda tensors, parts: [t.flip(axis) for t in tensors], lambda shapes: _flip(text, axis))
 
@@ -284,12 +302,15 @@ def _without(place: int) -> Op:
     )
 
 
+_FIRST = Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY)
+_COPY = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST)
+
+
 def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
-    """An op that computes elements: in float64, rounded once to the dtype that came in."""
+    """An op that computes elements, in float64; rounding is for whoever stores them."""
 
     def run(tensors: Tensors, parts: int) -> Tensors:
-        dtype = tensors[0].dtype
-        return [result.to(dtype) for result in function([tensor.double() for tensor in tensors])]
+        return function([tensor.double() for tensor in tensors])
 
     return Op(text, run, None)
 
@@ -326,4 +347,3 @@ _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
 _GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": _abs, "sqrt": _sqrt, "sub": _sub, "sum": _sum}
 _CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}
-CALCULATING = frozenset({*_GATHERING, *_CONSTANT})  # words of ops that compute elements, and round them

@@ -202,9 +202,17 @@ class _Draft:
         if item.problem:
             self.problems.append(item.problem)
         elif isinstance(item.row, Drop):
-            self.drops[item.spec.name] = item.row
+            self._drop(item, item.row)
         elif isinstance(item.row, Rule) and item.match:
             self._send(item, item.row, item.match)
+
+    def _drop(self, item: Route, row: Drop) -> None:
+        self.drops[item.spec.name] = row
+        if row.buffer and item.match:
+            (name,) = row.buffer.render(item.match.captures)
+            if (there := self.skeleton.buffers.get(name, ())) != item.spec.shape:
+                detail = f"{_x(item.spec.shape)} here, {_x(there)} in timm"
+                self.problems.append(Problem("shape", item.spec.name, item.spec, (row,), detail))
 
     def _send(self, item: Route, rule: Rule, match: Match) -> None:
         name, spec = item.spec.name, item.spec
@@ -236,7 +244,7 @@ class _Draft:
             fills, _ = most_specific(self.mapping.fill, split(name))
             if len(fills) != 1:
                 self.problems.append(Problem("tie" if fills else "missing", name, spec, tuple(fills)))
-            elif isinstance(fills[0].value, float) and _kind(spec.dtype) != "float":
+            elif isinstance(fills[0].value, float) and spec.kind != "float":
                 self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
                 steps.append(Step(spec, Origin(fill=fills[0].value)))
@@ -275,7 +283,7 @@ class _Draft:
         for spec in sources:
             if spec.dtype != sources[0].dtype:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {sources[0].dtype} from {sources[0].name}")
-            if _kind(spec.dtype) != _kind(wanted[0].dtype):
+            if spec.kind != wanted[0].kind:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {wanted[0].dtype} in timm")
         origin = Origin(tuple(s.name for s in sources), gather.ops, gather.rule, parts=len(names))
         return [
@@ -341,11 +349,6 @@ def _leaf(mapping: Mapping, item: Route) -> Leaf:
         if way.rank in (None, rank):
             return way
     raise _Homeless(f"leaves.yaml has no layout for a `{leaf}` of rank {rank}")
-
-
-def _kind(dtype: str) -> str:
-    """What a dtype holds: a cast between two of a kind may round, between kinds it means something else."""
-    return next(kind for kind in ("float", "int", "complex", "bool") if kind in dtype)
 
 
 def _x(shape: tuple[int, ...]) -> str:

@@ -56,6 +56,7 @@ class Drop:
     pattern: Pattern
     reason: str
     zeros: bool = False  # its values must be zero
+    buffer: Template | None = None  # its shape and values must be those that timm computes
 
     @property
     def text(self) -> str:

@@ -67,6 +67,8 @@ class ReferenceFile(_Strict):
     input: str = ""  # ops that make timm's input of the reference's: `flip 1` for a model of BGR images
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
+    mend: dict[str, str] = {}  # modules that its code calls again in the place of others: `{ln1: ln2}`
+    preprocess: dict[str, Any] = {}  # where its published weights want other than the family's
 
 
 class Refusal(_Strict):
@@ -81,7 +83,7 @@ class DropFile(_Strict):
     """A source that may be dropped only if its values are what its place in timm would have."""
 
     reason: Annotated[str, _SOME]
-    only: Literal["zeros"]
+    only: Annotated[str, _SOME]  # "zeros", or the name of timm's own buffer
 
 
 class FillFile(_Strict):

@@ -112,12 +112,12 @@ def _tapped(mapping: Mapping, source: str) -> tuple[str, str] | None:
 
 
 def _order(weight: Step, specs: Dict[str, TensorSpec]) -> str:
-    """The row's own ops, which come behind those of the leaf's layout, if they keep the weight's shape."""
+    """The row's own ops, which come behind those of the leaf's layout, if they only move what a weight has."""
     rule, ops = weight.origin.rule, weight.origin.ops.ops
     shapes = [specs[name].shape for name in weight.origin.sources]
     for way in rule.ways if rule else ():
         before = len(ops) - len(way.ops.ops)
         if way.ops != IDENTITY and ops[before:] == way.ops.ops:
             laid_out = Pipeline(ops[:before]).shapes(shapes)
-            return way.ops.text if laid_out == [weight.target.shape] else ""
+            return way.ops.text if laid_out == [weight.target.shape] and way.ops.lossless else ""
     return ""
