@@ -27,7 +27,7 @@ from converters.verifier.worker import run_task
 __all__ = ["Case", "Check", "check"]
 
 BATCH = 4  # from which batch norms take their statistics
-SUFFIXES = {"keras": ".weights.h5"}
+SUFFIXES = {"keras": ".weights.h5", "flax": ".npz", "tensorflow": ".ckpt"}
 
 
 @dataclass(frozen=True)
