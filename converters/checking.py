@@ -107,7 +107,11 @@ def check(
         raise MappingError(f"lists no target `{foreign[0]}`", file=mapping.path, cure="add it to `targets:`")
     findings = lint_file(mapping, RUNNERS)
     if not mapping.references:
-        return Check(mapping, tuple(findings), tuple(Case(t, "no reference") for t in mapping.targets or ["any"]))
+        return Check(
+            mapping,
+            tuple(findings),
+            tuple(Case(t, "no reference") for t in mapping.target_names),
+        )
     ways: dict[str, Any] = {"python": python, "timeout": timeout}
     with TemporaryDirectory(prefix="timmport-") as folder:
         questions = list(ask(mapping, targets, img_size))

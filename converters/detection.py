@@ -42,8 +42,15 @@ def find_plan(
     families = [load_mapping(family)] if family else applying_families(checkpoint)
     nearest: tuple[tuple[Problem, ...], Family, str] | None = None
     refused: TargetError | None = None
+    inexpressible: NotExpressible | None = None
     for mapping in families:
-        caveats = _check_refusals(mapping, checkpoint)
+        if inexpressible and mapping.any_target:
+            raise inexpressible  # its names may well be those of a timm model
+        try:
+            caveats = _check_refusals(mapping, checkpoint)
+        except NotExpressible as error:
+            inexpressible = inexpressible or error
+            continue
         routes = route(mapping, checkpoint.specs)
         closed: list[Plan] = []
         for architecture in _candidates(mapping, checkpoint, routes, target):
@@ -63,6 +70,8 @@ def find_plan(
                 return replace(plan, caveats=caveats)
         if closed:
             return _only(closed, checkpoint)
+    if inexpressible:
+        raise inexpressible
     if nearest:
         raise PlanError(str(diagnose(nearest[1], nearest[2], nearest[0])), file=checkpoint.path)
     raise refused or PlanError(

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from converters.errors import OutputError, printable
+from converters.errors import CheckpointError, OutputError, printable
 from converters.ops import OpError
 from converters.plan import Plan, Step
 from converters.readers import Checkpoint
@@ -96,9 +96,19 @@ def write_tensors(
             advance(raw.nbytes)
     finally:
         os.close(file)
+    _check_dropped(plan, checkpoint)
     for source in checkpoint.files:
         source.check_unchanged()
     _read_back(path, specs)
+
+
+def _check_dropped(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Sources that may be dropped only while they are zero."""
+    for name, drop in plan.drops.items():
+        tensor = checkpoint.tensors[name]
+        if drop.zeros and to_torch(tensor.read(), tensor.spec).count_nonzero():
+            reason = f"is not zero, and can be dropped only as zeros: {drop.reason}"
+            raise CheckpointError(reason, file=checkpoint.path, tensor=name)
 
 
 def _divide(

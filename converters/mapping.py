@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from converters.errors import MappingError
 from converters.names import Match, Pattern, Template, split
 from converters.ops import IDENTITY, Pipeline
-from converters.schema import Deviation, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import Deviation, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -74,6 +74,7 @@ class Drop:
     line: int
     pattern: Pattern
     reason: str
+    zeros: bool = False  # its values must be zero
 
     @property
     def text(self) -> str:
@@ -99,7 +100,8 @@ class Mapping:
 
     name: str  # "mmlab/swin", or the path of a file of the user's own
     path: Path
-    targets: dict[str, dict[str, Any]]  # empty: any timm model
+    any_target: bool  # whether every timm model may be one
+    targets: dict[str, dict[str, Any]]  # with what builds the reference of each
     target_args: dict[str, Any]
     detect: tuple[tuple[Pattern, ...], ...]
     strip: tuple[Pattern, ...]
@@ -116,8 +118,9 @@ class Mapping:
     title: str = ""  # the file's first comment
 
     @property
-    def any_target(self) -> bool:
-        return not self.targets
+    def target_names(self) -> list[str]:
+        """Its targets; "any" where every timm model is one."""
+        return ["any"] if self.any_target else list(self.targets)
 
     def stripped(self, name: str) -> tuple[str, ...]:
         """A source name's segments without the prefixes that the family may carry."""
@@ -213,13 +216,18 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         rule("rules", left, right if isinstance(right, list) else [right], numbered)
         for left, right in file.rules.items()
     ]
-    rows += [Drop(lines.of("drop", left), pattern(left, "drop", left), reason) for left, reason in file.drop.items()]
+    for left, drop in file.drop.items():
+        reason = drop if isinstance(drop, str) else drop.reason
+        rows.append(Drop(lines.of("drop", left), pattern(left, "drop", left), reason, zeros=drop is not reason))
+    if file.targets == "none" and not any(one.when == Evidence() for one in file.refuse):
+        raise lines.error("without targets a family needs a reason: a `refuse` without `when`", "targets")
     references = file.reference if isinstance(file.reference, list) else [file.reference]
     strip = [file.strip] if isinstance(file.strip, str) else file.strip
     return Mapping(
         name=name,
         path=path,
-        targets={} if file.targets == "any" else {key: value or {} for key, value in file.targets.items()},
+        any_target=file.targets == "any",
+        targets={} if isinstance(file.targets, str) else {key: value or {} for key, value in file.targets.items()},
         target_args=file.target_args,
         detect=tuple(
             tuple(pattern(text, "detect", i) for text in ([one] if isinstance(one, str) else one))
@@ -287,7 +295,7 @@ def _all_leaves() -> tuple[dict[str, Leaves], str]:
         layouts[framework] = {}
         for leaf, ways in (leaves or {}).items():
             try:
-                layouts[framework][leaf] = tuple(_leaf(way) for way in ([ways] if isinstance(ways, str) else ways))
+                layouts[framework][leaf] = _ways_of(ways)
             except ValueError as error:
                 raise lines.error(str(error), framework, leaf) from None
     return layouts, ", ".join(layouts)
@@ -299,8 +307,18 @@ def _leaf(text: str) -> Leaf:
     return Leaf(name.strip(), pipeline, pipeline.ops[0].rank if pipeline != IDENTITY else None)
 
 
-def _leaves(framework: str, lines: Lines) -> Leaves:
+def _leaves(layout: str | dict[str, str | list[str]], lines: Lines) -> Leaves:
+    """A framework's layout, or one that is like it but for some leaves of the family's own."""
     layouts, known = _all_leaves()
+    own = {} if isinstance(layout, str) else dict(layout)
+    framework = layout if isinstance(layout, str) else own.pop("like", "")
     if framework not in layouts:
         raise lines.error(f"leaves.yaml has no layout `{framework}`", "leaves", cure=f"there are {known}")
-    return layouts[framework]
+    try:
+        return layouts[framework] | {leaf: _ways_of(ways) for leaf, ways in own.items()}
+    except ValueError as error:
+        raise lines.error(str(error), "leaves") from None
+
+
+def _ways_of(ways: str | list[str]) -> tuple[Leaf, ...]:
+    return tuple(_leaf(way) for way in ([ways] if isinstance(ways, str) else ways))

@@ -5,7 +5,8 @@ A name is segments between `.` or `/`. In a pattern
     {i}          captures a number within its segment
     {l}          captures one of the words of table `l`, where the mapping has such a table
     {*}          captures any text within a segment
-    {q|k|v}      takes each of these words, in this order: a gather on the left, a scatter on the right
+    {q|k|v}      takes each of these words, in this order: a gather on the left, a scatter on the right; on the
+                 left a word may be several segments: {bn.bias|conv.bias}
     *            any text within a segment, not captured
     **           any number of whole segments
 
@@ -26,7 +27,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 __all__ = ["Match", "Pattern", "Template", "fold", "prefixes", "split"]
@@ -90,14 +91,22 @@ class Pattern:
     literals: int
     choices: tuple[str, ...] = ()
     tables: Tables = field(default_factory=dict, compare=False)
+    ways: tuple[Pattern, ...] = ()  # one for each choice, where these are of several segments
 
     @classmethod
     def parse(cls, text: str, tables: Tables | None = None) -> Pattern:
         """Raises ValueError with what is wrong about `text`."""
         tables = tables or {}
+        if gather := re.search(r"\{([^{}]*\|[^{}]*[./][^{}]*|[^{}]*[./][^{}]*\|[^{}]*)\}", text):
+            names = _words(gather[1], across=True)
+            ways = tuple(cls.parse(text.replace(gather[0], name), tables) for name in names)
+            if any(way.choices for way in ways):
+                raise ValueError(f"`{text}` gathers twice")
+            shortest = min(ways, key=lambda way: (len(way.segments), way.literals))
+            return replace(shortest, text=text, choices=names, ways=ways)
         segments: list[re.Pattern[str] | None] = []
         literals, choices, seen = 0, tuple[str, ...](), set[str]()
-        for segment in _segments_of(text.removesuffix(".**").removesuffix("/**")):
+        for segment in _segments_of(re.sub(r"([./]\*\*)+$", "", text)):
             if segment == "**":
                 segments.append(None)
                 continue
@@ -134,6 +143,9 @@ class Pattern:
 
     def match(self, name: tuple[str, ...]) -> Match | None:
         """What this pattern takes of a name's segments, or None."""
+        if self.ways:
+            each = ((choice, way.match(name)) for choice, way in enumerate(self.ways))
+            return next((replace(match, choice=choice) for choice, match in each if match), None)
         if None in self.segments:
             across = self._match_across(name)
             if across is None:
@@ -278,11 +290,11 @@ def _pieces(text: str) -> list[tuple[str, str | None]]:
     return pieces
 
 
-def _words(field: str) -> tuple[str, ...]:
-    """The words of a gather or a scatter."""
+def _words(field: str, across: bool = False) -> tuple[str, ...]:
+    """The words of a gather or a scatter; `across` lets them be of several segments."""
     words = tuple(word.strip() for word in field.split("|"))
-    if len(set(words)) < len(words) or any(re.search(r"[./*]", word) for word in words):
-        raise ValueError(f"`{{{field}}}` must name different words, each within one segment")
+    if len(set(words)) < len(words) or any(re.search(r"\*" if across else r"[./*]", word) for word in words):
+        raise ValueError(f"`{{{field}}}` must name different words" + ("" if across else ", each within one segment"))
     return words
 
 

@@ -7,11 +7,15 @@ An op takes a list of tensors and gives a list. It is written as one of
     cat                             several tensors become one, along the first axis (`cat 1`: the second)
     chunk                           one becomes as many as there are names for, in equal parts
     flip 1                          an axis reversed (BGR to RGB)
-    sum                             several tensors of one shape are added, in float64, and rounded once
+    zeros 1                         a tensor of zeros beside the others, at place 1, like the first (a missing key bias)
+    sum                             several tensors of one shape are added
+    sub                             the others are subtracted from the first
+    add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
+    scale 0.5                       every element is multiplied
 
-and ops in a row are separated by `|`. All but `sum` only move elements and derive their own inverse. An op
-has no face for shapes of its own: on torch's meta device it computes them, so a plan checks whole chains
-before a byte is read.
+and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
+others calculate in float64 and round once. An op has no face for shapes of its own: on torch's meta device it
+computes them, so a plan checks whole chains before a byte is read.
 
 >>> import torch
 >>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]
@@ -23,7 +27,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,14 +63,21 @@ class Op:
         if "->" in text:
             return _rearrange(text)
         word, *rest = text.split()
-        if word not in _BUILTIN:
-            raise ValueError(
-                f"`{text}` is no op; there are {', '.join(_BUILTIN)}, einops patterns, and the entries of `ops:`"
-            )
-        if len(rest) > (word != "sum") or not all(re.fullmatch("[0-9]", part) for part in rest):
-            takes = "the number of an axis and nothing else" if word != "sum" else "nothing"
-            raise ValueError(f"`{text}`: {word} takes {takes}")
-        return _BUILTIN[word](text, int(rest[0]) if rest else 0)
+        if word in _MOVING and len(rest) <= 1 and all(re.fullmatch("[0-9]", part) for part in rest):
+            return _MOVING[word](text, int(rest[0]) if rest else 0)
+        if word in _GATHERING and not rest:
+            return _calculating(text, _GATHERING[word])
+        if word in _CONSTANT and len(rest) == 1 and re.fullmatch(_NUMBER, rest[0]):
+            return _calculating(text, partial(_CONSTANT[word], constant=float(rest[0])))
+        for words, takes in (
+            (_MOVING, "the number of an axis or a place, and nothing else"),
+            (_GATHERING, "nothing"),
+            (_CONSTANT, "one number"),
+        ):
+            if word in words:
+                raise ValueError(f"`{text}`: {word} takes {takes}")
+        there = ", ".join([*_MOVING, *_GATHERING, *_CONSTANT])
+        raise ValueError(f"`{text}` is no op; there are {there}, einops patterns, and the entries of `ops:`")
 
 
 @dataclass(frozen=True)
@@ -254,15 +265,54 @@ def _flip(text: str, axis: int) -> Op:
     return Op(text, lambda tensors, parts: [t.flip(axis) for t in tensors], lambda shapes: _flip(text, axis))
 
 
-def _sum(text: str, axis: int) -> Op:
+def _zeros(text: str, place: int) -> Op:
     def run(tensors: Tensors, parts: int) -> Tensors:
-        import torch
+        if place > len(tensors):
+            raise ValueError(f"{len(tensors)} tensors have no place {place} beside them")
+        return [*tensors[:place], tensors[0].new_zeros(tensors[0].shape), *tensors[place:]]
 
-        if len({t.shape for t in tensors}) > 1:
-            raise ValueError("shapes differ")
-        return [torch.stack([t.double() for t in tensors]).sum(0).to(tensors[0].dtype)]
+    return Op(text, run, lambda shapes: _without(place))
+
+
+def _without(place: int) -> Op:
+    return Op(
+        f"without {place}",
+        lambda tensors, parts: [*tensors[:place], *tensors[place + 1 :]],
+        lambda shapes: _zeros(f"zeros {place}", place),
+    )
+
+
+def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
+    """An op that computes elements: in float64, rounded once to the dtype that came in."""
+
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        dtype = tensors[0].dtype
+        return [result.to(dtype) for result in function([tensor.double() for tensor in tensors])]
 
     return Op(text, run, None)
 
 
-_BUILTIN: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "sum": _sum}
+def _sum(tensors: Tensors) -> Tensors:
+    import torch
+
+    return [torch.stack(tensors).sum(0)]
+
+
+def _sub(tensors: Tensors) -> Tensors:
+    import torch
+
+    return [tensors[0] - torch.stack([torch.zeros_like(tensors[0]), *tensors[1:]]).sum(0)]
+
+
+def _add(tensors: Tensors, constant: float) -> Tensors:
+    return [tensor + constant for tensor in tensors]
+
+
+def _scale(tensors: Tensors, constant: float) -> Tensors:
+    return [tensor * constant for tensor in tensors]
+
+
+_NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
+_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"sum": _sum, "sub": _sub}
+_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}

@@ -11,7 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from converters.strict_yaml import Lines
 
-__all__ = ["Deviation", "Evidence", "MappingFile", "ReferenceFile", "Refusal", "RowFile", "When", "validate"]
+__all__ = [
+    "Deviation",
+    "DropFile",
+    "Evidence",
+    "MappingFile",
+    "ReferenceFile",
+    "Refusal",
+    "RowFile",
+    "When",
+    "validate",
+]
 
 _SOME = Field(min_length=1)
 Plain = bool | int | float | str
@@ -58,8 +68,15 @@ class Refusal(_Strict):
     """Sources that look like the family and compute another function."""
 
     reason: str
-    when: Evidence
+    when: Evidence = Evidence()  # nothing: always
     unless: Evidence | None = None  # what proves that it is not so; without that proof the report carries the reason
+
+
+class DropFile(_Strict):
+    """A source that may be dropped only if its values are what its place in timm would have."""
+
+    reason: Annotated[str, _SOME]
+    only: Literal["zeros"]
 
 
 class Deviation(_Strict):
@@ -76,14 +93,14 @@ class Deviation(_Strict):
 class MappingFile(_Strict):
     """The schema of a mapping file."""
 
-    targets: Annotated[dict[str, dict[str, Any] | None], _SOME] | Literal["any"]
+    targets: Annotated[dict[str, dict[str, Any] | None], _SOME] | Literal["any", "none"]  # none: all are refused
     detect: Annotated[list[str | Annotated[list[str], _SOME]], _SOME]  # all must be there; of an inner list, one
-    leaves: str
-    rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]]
+    leaves: str | dict[str, str | Annotated[list[str], _SOME]] = "torch"  # `like:` another layout, and some of its own
+    rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]] = {}
     target_args: dict[str, Any] = {}
     strip: str | list[str] = []
     ops: dict[str, str] = {}
-    drop: dict[str, Annotated[str, _SOME]] = {}
+    drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
     fill: dict[str, int | float] = {}
     enumerate: dict[str, str] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}

@@ -160,6 +160,12 @@ def test_refusals(source, metadata, outcome):
         assert str(caught.value).startswith(f"source.pth: is of mmlab/resnet, but timm cannot compute it: {outcome}")
 
 
+def test_a_family_without_targets_is_refused(family, specs):
+    mapping = family("", head="targets: none\ndetect: [a]\nrefuse: [{reason: it has wheels}]\n")
+    with pytest.raises(NotExpressible, match="it has wheels"):
+        find_plan(made_of(specs("a=1")), family=str(mapping.path))
+
+
 @pytest.mark.parametrize(
     ("sources", "names"), [("\x1b[31mred=1 b=1 c=1 d=1", r"\x1b[31mred, b, c, ..."), ("a=1", "a"), ("", "it has none")]
 )
@@ -189,7 +195,7 @@ def test_no_family_claims_anothers_source(source, name):
     """A source applies to its own family and to those for any timm model; detection never depends on file names."""
     for title in json.loads((PLANS / f"{name}.specs.json").read_text()):
         few = [mapping.name for mapping in applying_families(source(name, title)) if not mapping.any_target]
-        assert few == ([name] if load_mapping(name).targets else [])
+        assert few == ([name] if not load_mapping(name).any_target else [])
 
 
 def test_the_nearest_target_is_diagnosed(source):

@@ -114,6 +114,19 @@ def test_a_gather_and_a_fill(family, checkpoint, tmp_path):
     assert (found["x.s"].tolist(), found["x.s"].dtype) == ([0.5, 0.5], torch.bfloat16)
 
 
+def test_what_may_be_dropped_only_as_zeros(family, checkpoint, tmp_path):
+    mapping = family("rules:\n  w: w\ndrop: {k: {reason: no key bias in timm, only: zeros}}")
+    skeleton = Skeleton("tiny", {}, checkpoint({"w": torch.ones(2)}).specs, None)
+    for name, bias in (("a", torch.zeros(2)), ("b", torch.tensor([0, 1e-30]))):
+        source = checkpoint({"w": torch.ones(2), "k": bias})
+        plan = make_plan(mapping, route(mapping, source.specs), skeleton)
+        if name == "a":
+            write_tensors(plan, source, tmp_path / name)
+        else:
+            with pytest.raises(CheckpointError, match=r"source.pth: k: is not zero, and .*: no key bias in timm"):
+                write_tensors(plan, source, tmp_path / name)
+
+
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 

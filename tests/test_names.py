@@ -46,6 +46,18 @@ def test_gather_knows_which_word():
     gather = Pattern.parse("attn.{query|key|value}.{i}")
     assert [gather.match(split(f"attn.{word}.0.bias")).choice for word in gather.choices] == [0, 1, 2]
     assert gather.match(split("attn.que.0")) is None
+
+
+def test_a_gather_across_modules():
+    gather = Pattern.parse("b{i}.{bn/mean|conv.bias|x}")
+    found = [gather.match(split(f"b3.{name}")) for name in ("bn.mean", "conv/bias", "x.y", "bn.bias")]
+    assert [match and (match.choice, match.captures, match.rest) for match in found] == [
+        (0, {"i": 3}, ()),
+        (1, {"i": 3}, ()),
+        (2, {"i": 3}, ("y",)),
+        None,
+    ]
+    assert gather.choices == ("bn/mean", "conv.bias", "x") and gather.fields == {"i"}
     assert Pattern.parse("{a|ab}").match(("ab",)).choice == 1
 
 
@@ -69,7 +81,8 @@ def test_table():
         ("{*}.{*}", "`{*}.{*}` captures {*} twice"),
         ("{q|k}.{q|k}", "`{q|k}.{q|k}` gathers twice"),
         ("{q|q}", "`{q|q}` must name different words, each within one segment"),
-        ("{a.q|a.k}", "`{a.q|a.k}` must name different words, each within one segment"),
+        ("{a.q|a.q}", "`{a.q|a.q}` must name different words"),
+        ("{a.q|b}.{c|d}", "`{a.q|b}.{c|d}` gathers twice"),
         ("x{i}{j}", "`x{i}{j}` can be read in more than one way; put text between its wildcards"),
         ("*{i}", "`*{i}` can be read in more than one way; put text between its wildcards"),
         ("{*}*", "`{*}*` can be read in more than one way; put text between its wildcards"),
@@ -172,6 +185,7 @@ def shortest(pattern: list[str], name: tuple[str, ...]) -> int | None:
     return next((end for end in range(len(name) + 1) if whole(pattern, name[:end])), None)
 
 
+@example(["a", "**", "**"], ("a",))
 @given(
     st.lists(st.sampled_from(["a", "b", "*", "a*", "**"]), min_size=1, max_size=5),
     st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=7).map(tuple),

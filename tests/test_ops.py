@@ -33,6 +33,8 @@ def counting(*shape: int) -> torch.Tensor:
         ("chunk", [(6, 2)], lambda x: [x[:2], x[2:4], x[4:]]),
         ("chunk 1", [(2, 6)], lambda x: [x[:, :2], x[:, 2:4], x[:, 4:]]),
         ("i o -> o i | cat 1", [(2, 3), (2, 3)], lambda x, y: [torch.cat([x.T, y.T], 1)]),
+        ("zeros 1 | cat", [(2,), (2,)], lambda x, y: [torch.cat([x, torch.zeros(2), y])]),
+        ("zeros 2", [(2,), (2,)], lambda x, y: [x, y, torch.zeros(2)]),
         ("", [(2, 3), (4,)], lambda x, y: [x, y]),
     ],
 )
@@ -105,6 +107,23 @@ def test_sum_rounds_once_and_cannot_be_undone():
         pipeline.invert([(1,), (1,)])
 
 
+@pytest.mark.parametrize(
+    ("text", "given", "wanted"),
+    [
+        ("add 9.9e-4", [[1.0, 2.0]], [1.0 + 9.9e-4, 2.0 + 9.9e-4]),
+        ("add -9.99E-6", [[1.0, 0.0]], [1.0 - 9.99e-6, -9.99e-6]),
+        ("scale .5", [[1.0, -3.0]], [0.5, -1.5]),
+        ("sub", [[2.0**24 + 2, 5.0], [1.0, 2.0], [1.0, 3.0]], [2.0**24, 0.0]),
+        ("sub", [[2.0]], [2.0]),
+    ],
+)
+def test_ops_that_calculate_round_once(text, given, wanted):
+    pipeline = Pipeline.parse(text)
+    (result,) = pipeline.run([torch.tensor(values) for values in given])
+    assert torch.equal(result, torch.tensor(wanted, dtype=torch.float64).float())
+    assert not pipeline.lossless
+
+
 def test_named_ops():
     pipeline = Pipeline.parse("turn | flip", {"turn": "i o -> o i | flip 1"})
     assert pipeline.text == "i o -> o i | flip 1 | flip"
@@ -116,13 +135,15 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, sum, einops patterns, and the entries of `ops:`",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, sum, sub, add, scale, einops patterns, and ",
         ),
-        ("cat one", "`cat one`: cat takes the number of an axis and nothing else"),
-        ("flip -1", "`flip -1`: flip takes the number of an axis and nothing else"),
-        ("flip ²", "`flip ²`: flip takes the number of an axis and nothing else"),
-        ("chunk 0 1", "`chunk 0 1`: chunk takes the number of an axis and nothing else"),
+        ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
+        ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),
+        ("flip ²", "`flip ²`: flip takes the number of an axis or a place, and nothing else"),
+        ("chunk 0 1", "`chunk 0 1`: chunk takes the number of an axis or a place, and nothing else"),
         ("sum 1", "`sum 1`: sum takes nothing"),
+        ("add", "`add`: add takes one number"),
+        ("scale nan", "`scale nan`: scale takes one number"),
         ("h w -> h", "`h w -> h` does not keep its axes: w"),
         ("h -> h w", "`h -> h w` does not keep its axes: w"),
         ("h w -> w h, h", "`h` in `h w -> w h, h` is no axis length; write `h=2`"),
@@ -152,7 +173,8 @@ def test_invalid_op(text, problem):
         ("chunk", [(4, 2)], 3, "`chunk` does not take (4, 2): an axis of 4 has no 3 equal parts"),
         ("chunk", [(4,), (4,)], 2, "`chunk` does not take (4,), (4,): "),
         ("chunk", [()], 2, "`chunk` does not take (): "),
-        ("sum", [(2,), (3,)], 1, "`sum` does not take (2,), (3,): shapes differ"),
+        ("sum", [(2,), (3,)], 1, "`sum` does not take (2,), (3,): "),
+        ("zeros 3", [(2,), (2,)], 3, "`zeros 3` does not take (2,), (2,): 2 tensors have no place 3 beside them"),
         ("", [(2,), (3,)], 1, "`no op` gives 2 tensors for 1 names"),
         ("cat", [(2,), (3,)], 2, "`cat` gives 1 tensors for 2 names"),
     ],

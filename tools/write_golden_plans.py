@@ -4,7 +4,8 @@
 
 For each family `FAMILY.specs.json` holds the source tensors of a few targets, as the source framework's own
 model wrote them and the readers list them, and `FAMILY.txt` the plans, folded. The tests compare the plans of
-today with that text. Run this after a change that is meant, and read the difference.
+today with that text. Run this after a change that is meant, and read the difference. The models are the smallest
+of each of the family's references, or what SOURCES has for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from converters.closing import ask, build, close
 from converters.detection import find_plan
+from converters.mapping import find_mappings, load_mapping
 from converters.names import fold
 from converters.plan import Plan
 from converters.readers import Checkpoint, open_checkpoint
@@ -197,6 +200,20 @@ SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
 }
 
 
+def of_references(family: str) -> dict[str, Specs]:
+    """What the smallest model of each reference has."""
+    mapping, found = load_mapping(family), dict[int, tuple[str, Specs]]()
+    with tempfile.TemporaryDirectory() as folder:
+        questions = sorted(ask(mapping, (), None), key=lambda one: one.parameters)
+        for question, specs in build(questions, Path(folder), python=None, timeout=900.0).items():
+            closing = None if isinstance(specs, str) or question.number in found else close(mapping, question, specs)
+            if closing and closing.outcome == "closes":
+                tensors = {closing.prefix + name: _listed(one.shape, one.dtype) for name, one in specs.items()}
+                title = f"{question.block['runner']}, {question.target}"
+                found[question.number] = title, {"metadata": {}, "tensors": tensors}
+    return dict(source for _, source in sorted(found.items()))
+
+
 def _source(checkpoint: Checkpoint) -> Specs:
     tensors = {name: _listed(spec.shape, spec.dtype) for name, spec in checkpoint.specs.items()}
     return {"metadata": checkpoint.metadata, "tensors": tensors}
@@ -226,10 +243,14 @@ def _json(sources: Mapping[str, Specs]) -> str:
 
 
 def main(families: list[str]) -> None:
-    for family in families or SOURCES:
+    for family in families or find_mappings():
         path = PLANS / f"{family}.specs.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_json({title: build() for title, build in SOURCES[family].items()}), "utf-8")
+        own = {title: build() for title, build in SOURCES.get(family, {}).items()}
+        if not (sources := own or of_references(family)):
+            print(f"{family}: no reference that closes")
+            continue
+        path.write_text(_json(sources), "utf-8")
         text = "\n".join(f"{title}: {plan_text(plan)}" for title, plan in plans_of(path))
         path.with_name(path.name.replace(".specs.json", ".txt")).write_text(text, "utf-8")
 

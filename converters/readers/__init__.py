@@ -1,8 +1,12 @@
-"""Readers: one module per file format, all with the few names of the `Reader` protocol.
+"""Readers: one module for each file format, all with the few names of the `Reader` protocol.
 
-`open_checkpoint` asks each module in turn whether it knows the first bytes; the extension is never asked.
+    a path or a URL -> a reader's tree of lazy tensors -> `wrappers` finds the state dict in it -> `Checkpoint`
+
+`open_checkpoint` asks each module of `READERS` in turn whether it knows the first bytes; the extension is never asked.
+The formats of one framework have a package. What several formats are made of lies beside it: files, records and
+streams of bytes, folders, zip archives, pickles, protocol buffers, JSON; `remote` gives a URL the face of a path.
 A reader lists tensors without reading their data, runs nothing that the file holds, and opens nothing but
-the files it names. To add a format, write a module beside these and add its name to `READERS`.
+the files it names. To add a format, write such a module and add its name to `READERS`.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from converters.tensors import LazyTensor, TensorSpec
 __all__ = ["READERS", "Checkpoint", "Contents", "Reader", "open_checkpoint"]
 
 READERS = (  # first to accept wins
-    *("safetensors", "saved_model", "tensorflow", "keras", "huggingface", "torch_distributed", "deepspeed", "orbax"),
-    *("npz", "torch_export", "torch_zip", "torch_legacy", "numpy_pickle", "onnx", "graph_def", "flax"),
+    *("safetensors", "tensorflow.saved_model", "tensorflow.checkpoint", "keras.checkpoint", "huggingface"),
+    *("torch.distributed", "torch.deepspeed", "jax.orbax", "numpy.npz", "torch.export", "torch.zip_file"),
+    *("torch.legacy", "numpy.pickled", "onnx", "tensorflow.graph_def", "jax.flax"),
 )
 
 

@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import Any
 
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
-from converters.readers import Contents, safetensors, torch_legacy, torch_zip
+from converters.readers import Contents, safetensors
 from converters.readers.files import SourceFile
 from converters.readers.folders import find_beside
 from converters.readers.strict_json import parse_json
+from converters.readers.torch import legacy, zip_file
 from converters.tensors import LazyTensor
 
 __all__ = ["FORMAT", "accepts", "read"]
@@ -73,7 +74,7 @@ def _reader_of(path: Path, is_safetensors: bool) -> ModuleType:
     """The module that reads a file of weights, which must be of the kind that its name or index says."""
     file = SourceFile(path)
     head = bytes(file.read(0, min(4096, file.size)))
-    for reader in (safetensors,) if is_safetensors else (torch_zip, torch_legacy):
+    for reader in (safetensors,) if is_safetensors else (zip_file, legacy):
         if reader.accepts(path, head):
             return reader
     kind = "a safetensors" if is_safetensors else "a torch.save"

@@ -62,7 +62,7 @@ def family_document(mapping: Mapping) -> dict[str, Any]:
     return {
         "family": mapping.name,
         "title": mapping.title,
-        "targets": list(mapping.targets) or "any",
+        "targets": "any" if mapping.any_target else list(mapping.targets),
         "target_args": mapping.target_args,
         "references": [reference.runner for reference in mapping.references],
         "refuses": [refusal.reason for refusal in mapping.refuse],

@@ -231,7 +231,12 @@ def show_families(mappings: Iterable[Mapping]) -> None:
         table.add_column(column, overflow="fold")
     for mapping in mappings:
         references = ", ".join(dict.fromkeys(reference.runner for reference in mapping.references)) or "-"
-        table.add_row(mapping.name, str(len(mapping.targets) or "any"), references, escape(mapping.title))
+        table.add_row(
+            mapping.name,
+            "any" if mapping.any_target else str(len(mapping.targets) or "refused"),
+            references,
+            escape(mapping.title),
+        )
     console.print(table)
 
 
@@ -239,7 +244,7 @@ def show_family(mapping: Mapping) -> None:
     """One family: targets, references, refusals."""
     console.print(escape(mapping.title))
     _say("file", mapping.path)
-    _say("targets", ", ".join(mapping.targets) or "any timm model")
+    _say("targets", ", ".join(mapping.targets) or ("any timm model" if mapping.any_target else "none"))
     _say("references", ", ".join(reference.runner for reference in mapping.references))
     for refusal in mapping.refuse:
         _say("refuses", refusal.reason)

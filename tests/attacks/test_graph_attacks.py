@@ -14,7 +14,9 @@ import pytest
 from converters.errors import CheckpointError
 from converters.readers import open_checkpoint
 
-write = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "readers" / "bundle_writer.py")))
+write = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "readers" / "tensorflow" / "bundle_writer.py"))
+)
 message = write.message
 
 SIX = struct.pack("<6f", *range(6))

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 
-from converters.readers import keras
+from converters.readers.keras import checkpoint as keras
 
 WEIGHTS = np.arange(64, dtype="f4")
 UNDEFINED = b"\xff" * 8
@@ -350,6 +350,6 @@ def test_damage_is_refused_or_harmless(form: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(keras.__file__).parents[2],
+        cwd=Path(keras.__file__).parents[3],
     )
     assert (done.stdout, done.stderr) == ("True True\n", "")

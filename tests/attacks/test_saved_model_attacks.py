@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-write = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "readers" / "bundle_writer.py")))
+write = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "readers" / "tensorflow" / "bundle_writer.py"))
+)
 message = write.message
 
 SIX = struct.pack("<6f", *range(6))

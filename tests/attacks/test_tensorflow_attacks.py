@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from converters.errors import CheckpointError
-from converters.readers import tensorflow
+from converters.readers.tensorflow import checkpoint as tensorflow
 from converters.tensors import LazyTensor
 
-write = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "readers" / "bundle_writer.py")))
+write = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "readers" / "tensorflow" / "bundle_writer.py"))
+)
 entry, message = write.entry, write.message
 
 SIX = struct.pack("<6f", *range(6))
@@ -316,7 +318,7 @@ import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 from converters.errors import CheckpointError
-from converters.readers import tensorflow
+from converters.readers.tensorflow import checkpoint as tensorflow
 try:
     print(len(tensorflow.read(Path(sys.argv[1])).tree), "tensors")
 except CheckpointError as error:
@@ -333,7 +335,7 @@ def test_a_small_file_costs_little_memory(name: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=Path(tensorflow.__file__).parents[2],
+        cwd=Path(tensorflow.__file__).parents[3],
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )
     assert (words in done.stdout, done.stderr) == (True, "")

@@ -21,7 +21,7 @@ import torch
 
 from converters.errors import ConverterError
 from converters.readers import open_checkpoint
-from converters.readers.torch_legacy import MAGIC, PROTOCOL
+from converters.readers.torch.legacy import MAGIC, PROTOCOL
 
 WORDS = struct.pack("<64f", *range(64))  # the storage of most cases
 BOTH = {"w": WORDS, "v": WORDS}

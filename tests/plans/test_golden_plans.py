@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from converters.mapping import find_mappings
+from converters.mapping import find_mappings, load_mapping
 
 HERE = Path(__file__).parent
 
@@ -24,7 +24,10 @@ def golden() -> Iterator[Any]:
     return module
 
 
-@pytest.mark.parametrize("family", find_mappings())
+FAMILIES = [name for name in find_mappings() if load_mapping(name).any_target or load_mapping(name).targets]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_plans_are_the_golden_ones(golden, family):
     plans = list(golden.plans_of(HERE / f"{family}.specs.json"))
     found = "\n".join(f"{title}: {golden.plan_text(plan)}" for title, plan in plans).splitlines()
@@ -35,7 +38,7 @@ def test_plans_are_the_golden_ones(golden, family):
 
 def test_every_golden_file_has_its_family():
     stems = {path.relative_to(HERE).with_suffix("").as_posix() for path in HERE.glob("*/*.txt")}
-    assert stems == set(find_mappings())
+    assert stems == set(FAMILIES)
 
 
 def test_two_crossed_targets_do_not_pass(golden):

@@ -301,11 +301,11 @@ def test_a_reset_connection_is_told(site: Site, monkeypatch: pytest.MonkeyPatch)
 def test_nobody_answers_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     from threading import Event
 
-    from converters.readers import remote_stores
+    from converters.readers.remote import stores
 
     over = Event()
     monkeypatch.setattr(_Handler, "do_GET", lambda self: over.wait(5))
-    monkeypatch.setattr(remote_stores, "TIMEOUT", 0.05)
+    monkeypatch.setattr(stores, "TIMEOUT", 0.05)
     with pytest.raises(CheckpointError, match="does not answer in time"):
         open_checkpoint(site.url)
     over.set()

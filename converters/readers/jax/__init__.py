@@ -1,0 +1,1 @@
+"""What JAX's libraries write: read without JAX."""

@@ -1,0 +1,1 @@
+"""What Keras writes: read without Keras, and without libhdf5."""

@@ -1,0 +1,1 @@
+"""What numpy writes: archives of arrays, and pickles of them."""

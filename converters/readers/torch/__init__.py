@@ -1,0 +1,1 @@
+"""What PyTorch writes, and what is trained with it: read without torch."""
