@@ -97,11 +97,11 @@ def test_rank(text, rank):
     assert Op.parse(text).rank == rank
 
 
-def test_sum_rounds_once_and_cannot_be_undone():
+def test_sum_does_not_round_and_cannot_be_undone():
     big, one = torch.tensor([2.0**24]), torch.tensor([1.0])
     pipeline = Pipeline.parse("sum")
     assert pipeline.run([big, one, one])[0] == 2**24 + 2  # in float32, 2**24 + 1 is 2**24
-    assert pipeline.run([big.half(), one.half()])[0].dtype == torch.float16
+    assert pipeline.run([big.half(), one.half()])[0].dtype == torch.float64  # whoever stores it rounds, once
     assert not pipeline.lossless and Pipeline.parse("flip | i o -> o i").lossless
     with pytest.raises(OpError, match="`sum` has no way back"):
         pipeline.invert([(1,), (1,)])
@@ -115,13 +115,23 @@ def test_sum_rounds_once_and_cannot_be_undone():
         ("scale .5", [[1.0, -3.0]], [0.5, -1.5]),
         ("sub", [[2.0**24 + 2, 5.0], [1.0, 2.0], [1.0, 3.0]], [2.0**24, 0.0]),
         ("sub", [[2.0]], [2.0]),
+        ("sub | scale 0.1 | add 1", [[2.0**24 + 2, 5.0], [1.0, 2.0]], [(2.0**24 + 1) * 0.1 + 1, 3 * 0.1 + 1]),
     ],
 )
-def test_ops_that_calculate_round_once(text, given, wanted):
+def test_ops_that_calculate_leave_float64(text, given, wanted):
     pipeline = Pipeline.parse(text)
     (result,) = pipeline.run([torch.tensor(values) for values in given])
-    assert torch.equal(result, torch.tensor(wanted, dtype=torch.float64).float())
+    torch.testing.assert_close(result, torch.tensor(wanted, dtype=torch.float64), rtol=1e-7, atol=0)
     assert not pipeline.lossless
+
+
+def test_std_eps_makes_one_standardisation_another():
+    kernel = torch.randn(5, 4, 3, 3) * torch.logspace(-4, 0, 5).reshape(5, 1, 1, 1)
+    (scaled,) = Pipeline.parse("std_eps 1e-5 1e-8").run([kernel])
+    variance, mean = torch.var_mean(scaled, (1, 2, 3), correction=0, keepdim=True)
+    std, centre = torch.std_mean(kernel.double(), (1, 2, 3), correction=0, keepdim=True)
+    wanted = (kernel - centre) / (std + 1e-5)
+    torch.testing.assert_close((scaled - mean) / (variance + 1e-8).sqrt(), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_named_ops():
@@ -135,7 +145,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, sum, sub, add, scale, einops patterns, and ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, sum, sub, add, scale, std_eps, einops patterns, and ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),
@@ -144,6 +154,7 @@ def test_named_ops():
         ("sum 1", "`sum 1`: sum takes nothing"),
         ("add", "`add`: add takes one number"),
         ("scale nan", "`scale nan`: scale takes one number"),
+        ("std_eps 1e-5", "`std_eps 1e-5`: std_eps takes two numbers"),
         ("h w -> h", "`h w -> h` does not keep its axes: w"),
         ("h -> h w", "`h -> h w` does not keep its axes: w"),
         ("h w -> w h, h", "`h` in `h w -> w h, h` is no axis length; write `h=2`"),

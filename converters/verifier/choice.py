@@ -41,6 +41,7 @@ REFERENCES = {  # runner: what follows its colon
     "onnx": "FILE",
     "savedmodel": "FOLDER or GRAPH.pb",
     "flax": "MODULE:FACTORY",
+    "tensorflow": "MODULE:FACTORY",
     "python": "MODULE:FACTORY",
 }
 OUTPUT = re.compile(r"logits|forward_features|pre_logits|features\.[0-9]{1,3}")

@@ -61,6 +61,7 @@ RUNNERS = {
     "onnx": "run_onnx",
     "savedmodel": "run_savedmodel",
     "flax": "run_flax",
+    "tensorflow": "run_tensorflow",
     "python": "run_python",
 }
 TASKS = {"list_tensors": "skeletons", "write_weights": "random_weights"}  # function: its module
