@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from converters.closing import Closing, Question, ask, build, close, place_of, unaided
+from converters.closing import Closing, Question, Unbuilt, ask, build, close, place_of, pose, unaided
 from converters.conversion import convert
 from converters.errors import ConverterError, MappingError
 from converters.lint import Finding, lint_closings, lint_file
@@ -22,12 +23,16 @@ from converters.mapping import Mapping, load_mapping
 from converters.plan import Route, route
 from converters.verifier import Verdict, verify
 from converters.verifier.references.__main__ import RUNNERS
-from converters.verifier.worker import run_task
+from converters.verifier.worker import Workers, run_task
 
 __all__ = ["Case", "Check", "check"]
 
 BATCH = 4  # from which batch norms take their statistics
+SIZE = 96  # pixels, for models that take any size: a feature map of stride 32 still has a middle
 SUFFIXES = {"keras": ".weights.h5", "flax": ".npz", "tensorflow": ".ckpt"}
+
+Place = tuple[str, int]  # a target, and the number of a reference
+Answer = Closing | Unbuilt | None  # None: another reference answers for that checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Case:
     open           no plan closes, or the checkpoint is taken for another
     refused        the mapping says that timm cannot compute it
     not built      the reference has no such model
+    not installed  the interpreter lacks the framework
     no reference   the mapping names none
     """
 
@@ -77,11 +83,12 @@ class Check:
 
     @property
     def exit_code(self) -> int:
-        """3 where parity failed or is unproven, else 1 where the mapping is at fault, else 0."""
+        """3 where parity failed or is unproven, else 1 where the mapping is at fault or could not be asked, else 0."""
         outcomes = {case.outcome for case in self.cases}
         if outcomes & {"failed", "unproven"}:
             return 3
-        return int(bool(outcomes & {"open", "not built"}) or any(one.severity == "error" for one in self.findings))
+        at_fault = bool(outcomes & {"open", "not built", "not installed"})
+        return int(at_fault or any(one.severity == "error" for one in self.findings))
 
 
 def check(
@@ -93,13 +100,15 @@ def check(
     img_size: int | None = None,
     python: str | None = None,
     timeout: float = 900.0,
+    workers: Workers | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Check:
     """Check a family, or a mapping file by its path, on some of its `targets` or on all.
 
     `everything` has parity run on every target, `parity=False` on none; `img_size` in pixels is for models that
     take any size. `python` is the interpreter that has the source framework, `timeout` in seconds is for each of
-    its runs. Raises ConverterError when the mapping cannot be read or the framework is not there.
+    its runs, which `workers` do, if they are to live on. Raises ConverterError when the mapping cannot be read or the
+    framework is not there.
     """
     tell = progress or (lambda step: None)
     mapping = load_mapping(family)
@@ -107,43 +116,64 @@ def check(
         raise MappingError(f"lists no target `{foreign[0]}`", file=mapping.path, cure="add it to `targets:`")
     findings = lint_file(mapping, RUNNERS)
     if not mapping.references:
-        return Check(
-            mapping,
-            tuple(findings),
-            tuple(Case(t, "no reference") for t in mapping.target_names),
-        )
-    ways: dict[str, Any] = {"python": python, "timeout": timeout}
-    with TemporaryDirectory(prefix="timmport-") as folder:
-        questions = list(ask(mapping, targets, img_size))
+        return Check(mapping, tuple(findings), tuple(Case(t, "no reference") for t in mapping.target_names))
+    with nullcontext(workers) if workers else Workers() as workers, TemporaryDirectory(prefix="timmport-") as name:
+        ways: dict[str, Any] = {"python": python, "timeout": timeout, "workers": workers}
+        folder = Path(name)
+        questions = list(ask(mapping, targets, img_size or SIZE))
         tell(f"building {len(questions)} references")
-        built = build(questions, Path(folder), **ways)
-        tell("closing")
-        closings = [
-            one for q, specs in built.items() if not isinstance(specs, str) if (one := close(mapping, q, specs))
-        ]
-        cases = {one.question: _case(mapping, one.question, one.outcome, one.detail) for one in closings}
-        cases |= dict(_not_built(mapping, built, {one.target for one in cases}))
+        answers = _answer(mapping, questions, folder, ways)
+        if img_size is None:  # some want more than so small an image
+            again = [pose(mapping, *at, None) for at, answer in answers.items() if _unsettled(answer)]
+            answers |= _answer(mapping, list(filter(None, again)), folder, ways)
+        cases = dict(_cases(mapping, answers))
+        closings = [one for one in answers.values() if isinstance(one, Closing)]
         seen = [(one.routes, one.plan) for one in closings]
         for closing in _worth_proving(closings, everything) if parity else ():
-            tell(f"proving {closing.question.target}")
-            cases[closing.question], routes = _prove(mapping, closing, cases[closing.question], Path(folder), ways)
+            question = closing.question
+            tell(f"proving {question.target}")
+            case, routes = _prove(mapping, closing, folder, ways)
+            if case.verdict is None and question.img_size and img_size is None:
+                whole = pose(mapping, question.target, question.number, None)
+                case, routes = _prove(mapping, replace(closing, question=whole or question), folder, ways)
+            cases[question.target, question.number] = case
             seen.append((routes, None))
     if not targets:
-        findings += [*lint_closings(mapping, seen), *_idle(mapping, built, closings)]
-    return Check(mapping, tuple(findings), tuple(cases[q] for q in questions if q in cases))
+        findings += [*lint_closings(mapping, seen), *_idle(mapping, answers)]
+    return Check(mapping, tuple(findings), tuple(cases[at] for at in answers if at in cases))
 
 
-def _case(mapping: Mapping, question: Question, outcome: str, detail: str) -> Case:
+def _answer(mapping: Mapping, questions: Sequence[Question], folder: Path, ways: dict[str, Any]) -> dict[Place, Answer]:
+    """What becomes of each reference for each target."""
+    return {
+        (question.target, question.number): specs if isinstance(specs, Unbuilt) else close(mapping, question, specs)
+        for question, specs in build(questions, folder, **ways).items()
+    }
+
+
+def _unsettled(answer: Answer) -> bool:
+    return answer.installed if isinstance(answer, Unbuilt) else answer is not None and answer.outcome == "open"
+
+
+def _cases(mapping: Mapping, answers: dict[Place, Answer]) -> Iterator[tuple[Place, Case]]:
+    """What closes or does not, and the targets that no reference answers for."""
+    answered = {target for (target, _), one in answers.items() if isinstance(one, Closing)}
+    for (target, number), one in answers.items():
+        if isinstance(one, Closing):
+            yield (target, number), _case(mapping, one)
+        elif target not in answered:
+            reference = mapping.references[number]
+            outcome = "not built" if one is None or one.installed else "not installed"
+            detail = one.reason if one else "its checkpoint is not one that `when` speaks of"
+            where = reference.runner, mapping.lines.of(*place_of(mapping, number)), tuple(reference.outputs)
+            yield (target, number), Case(target, outcome, *where, detail)
+
+
+def _case(mapping: Mapping, closing: Closing) -> Case:
+    question = closing.question
     line, block = mapping.lines.of(*place_of(mapping, question.number)), question.block
-    return Case(question.target, outcome, block["runner"], line, tuple(block["outputs"]), detail, question.parameters)
-
-
-def _not_built(mapping: Mapping, built: dict[Question, Any], answered: set[str]) -> Iterator[tuple[Question, Case]]:
-    """The targets that no reference answers for, with why each could not be built."""
-    for question, specs in built.items():
-        if question.target not in answered:
-            detail = specs if isinstance(specs, str) else "its checkpoint is not one that `when` speaks of"
-            yield question, _case(mapping, question, "not built", detail)
+    where = block["runner"], line, tuple(block["outputs"])
+    return Case(question.target, closing.outcome, *where, closing.detail, question.parameters)
 
 
 def _worth_proving(closings: Sequence[Closing], everything: bool) -> list[Closing]:
@@ -155,9 +185,7 @@ def _worth_proving(closings: Sequence[Closing], everything: bool) -> list[Closin
     return closed if everything else list(smallest.values())
 
 
-def _prove(
-    mapping: Mapping, closing: Closing, case: Case, folder: Path, ways: dict[str, Any]
-) -> tuple[Case, tuple[Route, ...]]:
+def _prove(mapping: Mapping, closing: Closing, folder: Path, ways: dict[str, Any]) -> tuple[Case, tuple[Route, ...]]:
     """The case with its verdict, and the routes of the checkpoint that was written."""
     question, block, start = closing.question, closing.question.block, time.monotonic()
     source, out = folder / f"source{SUFFIXES.get(block['runner'], '.pth')}", folder / "converted"
@@ -169,7 +197,7 @@ def _prove(
         family, size = unaided(mapping), question.img_size
         done = convert(source, out, family=family, img_size=size, overwrite=True, allow_deviation=True)
         routes = route(mapping, done.checkpoint.specs)
-        verdict = verify(out, source, mutants=True, **ways)
+        verdict = verify(out, source, mutants=True, float32=False, **ways)
         exact = verdict.precision == "float64" and not verdict.deviation
         outcome = {"passed": "exact" if exact else "nearly"}.get(verdict.outcome, verdict.outcome)
         detail = str(verdict.mutants if outcome == "unproven" else verdict)
@@ -178,15 +206,17 @@ def _prove(
     finally:
         source.unlink(missing_ok=True)
     seconds = time.monotonic() - start
-    return replace(case, outcome=outcome, detail=detail, seconds=seconds, verdict=verdict), routes
+    return replace(_case(mapping, closing), outcome=outcome, detail=detail, seconds=seconds, verdict=verdict), routes
 
 
-def _idle(mapping: Mapping, built: dict[Question, Any], closings: Sequence[Closing]) -> Iterator[Finding]:
+def _idle(mapping: Mapping, answers: dict[Place, Answer]) -> Iterator[Finding]:
     """References that answer for no target."""
-    answering = {closing.question.number for closing in closings}
+    answering = {number for (_, number), one in answers.items() if isinstance(one, Closing)}
     for number, reference in enumerate(mapping.references):
-        if number not in answering and reference.runner in RUNNERS:
-            errors = [specs for q, specs in built.items() if q.number == number and isinstance(specs, str)]
-            reason = f": {errors[0]}" if errors else ", or another one does before it"
-            line = mapping.lines.of(*place_of(mapping, number))
-            yield Finding(line, "error", f"the reference `{reference.runner}` answers for no target{reason}")
+        if number in answering or reference.runner not in RUNNERS:
+            continue
+        unbuilt = [one for (_, own), one in answers.items() if own == number and isinstance(one, Unbuilt)]
+        reason = f": {unbuilt[0].reason}" if unbuilt else ", or another one does before it"
+        severity = "error" if all(one.installed for one in unbuilt) else "warning"
+        line = mapping.lines.of(*place_of(mapping, number))
+        yield Finding(line, severity, f"the reference `{reference.runner}` answers for no target{reason}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.description import fill_reference
-from converters.detection import applies, find_plan, reference_of
+from converters.detection import find_plan, reference_of
 from converters.errors import ConverterError, NotExpressible, TargetError
 from converters.mapping import Mapping, find_mappings
 from converters.plan import Plan, Route, route
@@ -20,7 +20,7 @@ from converters.tensors import LazyTensor, TensorSpec
 from converters.verifier.references.__main__ import RUNNERS
 from converters.verifier.worker import run_task
 
-__all__ = ["Closing", "Question", "ask", "build", "close", "place_of", "unaided"]
+__all__ = ["Closing", "Question", "Unbuilt", "ask", "build", "close", "place_of", "pose", "unaided"]
 
 CLASSES = 10  # of every classifier here
 
@@ -38,6 +38,14 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Unbuilt:
+    """A reference that cannot be built, and why."""
+
+    reason: str
+    installed: bool = True  # whether the framework is there
+
+
+@dataclass(frozen=True)
 class Closing:
     """What became of a reference's checkpoint."""
 
@@ -50,44 +58,52 @@ class Closing:
 
 
 def ask(mapping: Mapping, targets: Sequence[str], img_size: int | None) -> Iterator[Question]:
-    """Every target with every reference; `img_size` is for models that take any size.
-
-    Targets that timm lacks and references without a runner are left out; the lint tells of them.
-    """
+    """Every target, or these, with every reference; see `pose`."""
     for target in targets or mapping.targets:
-        for number, reference in enumerate(mapping.references):
-            if reference.runner not in RUNNERS:
-                continue
-            try:
-                classes = {"num_classes": CLASSES} if traits_of(target).classifiers else {}
-                skeleton = build_skeleton(target, {**mapping.target_args, **reference.target_args, **classes})
-            except TargetError:
-                continue
-            config = skeleton.model.pretrained_cfg
-            asked = None if config.get("fixed_input_size") else img_size
-            size = [config["input_size"][0], asked, asked] if asked else list(config["input_size"])
-            block = fill_reference(reference, mapping, skeleton, size)
-            parameters = sum(spec.numel for spec in skeleton.specs.values())
-            yield Question(target, number, block, tuple(size), asked, parameters)
+        for number in range(len(mapping.references)):
+            if question := pose(mapping, target, number, img_size):
+                yield question
 
 
-def build(
-    questions: Sequence[Question], folder: Path, *, python: str | None, timeout: float
-) -> dict[Question, Dict[str, TensorSpec] | str]:
-    """The tensors of every reference, or why it cannot be built. A framework starts once. Raises ReferenceFailed."""
-    found: dict[Question, Dict[str, TensorSpec] | str] = {}
+def pose(mapping: Mapping, target: str, number: int, img_size: int | None) -> Question | None:
+    """A target with one of the references; `img_size` is for models that take any size.
+
+    None where timm lacks the target or there is no such runner; the lint tells of it.
+    """
+    reference = mapping.references[number]
+    try:
+        classes = {"num_classes": CLASSES} if traits_of(target).classifiers else {}
+        skeleton = build_skeleton(target, {**mapping.target_args, **reference.target_args, **classes})
+    except TargetError:
+        return None
+    if reference.runner not in RUNNERS:
+        return None
+    config = skeleton.model.pretrained_cfg
+    asked = None if config.get("fixed_input_size") else img_size
+    size = [config["input_size"][0], asked, asked] if asked else list(config["input_size"])
+    block = fill_reference(reference, mapping, skeleton, size)
+    parameters = sum(spec.numel for spec in skeleton.specs.values())
+    return Question(target, number, block, tuple(size), asked, parameters)
+
+
+def build(questions: Sequence[Question], folder: Path, **ways: Any) -> dict[Question, Dict[str, TensorSpec] | Unbuilt]:
+    """The tensors of every reference. A framework answers for all of its models at once.
+
+    `ways` are those of `run_task`. Raises ReferenceFailed.
+    """
+    found: dict[Question, Dict[str, TensorSpec] | Unbuilt] = {}
     for module in dict.fromkeys(RUNNERS[question.block["runner"]] for question in questions):
         group = [question for question in questions if RUNNERS[question.block["runner"]] == module]
         models = [{"runner": one.block["runner"], "model": one.block["model"]} for one in group]
         job = {"task": "list_tensors", "runner": models[0]["runner"], "models": models, "folder": str(folder)}
-        answers = run_task(job, python=python, timeout=timeout)["models"]
+        answers = run_task(job, **ways)["models"]
         found |= {question: _specs(answer) for question, answer in zip(group, answers, strict=True)}
-    return found
+    return {question: found[question] for question in questions}
 
 
-def _specs(answer: Dict[str, Any]) -> Dict[str, TensorSpec] | str:
+def _specs(answer: Dict[str, Any]) -> Dict[str, TensorSpec] | Unbuilt:
     if "error" in answer:
-        return str(answer["error"])
+        return Unbuilt(str(answer["error"]), installed=not answer["missing"])
     if "file" in answer:
         specs = open_checkpoint(answer["file"]).specs
         Path(answer["file"]).unlink()
@@ -131,7 +147,7 @@ def _as_saved(mapping: Mapping, question: Question, specs: Dict[str, TensorSpec]
     for prefix in ("", *(f"{one.text}." for one in mapping.strip if not re.search(r"[*{]", one.text))):
         tensors = {prefix + n: _unread(TensorSpec(prefix + n, s.shape, s.dtype)) for n, s in specs.items()}
         found.append((prefix, Checkpoint(Path(question.target), "names and shapes", tensors)))
-    return next((one for one in found if applies(mapping, one[1])), found[0])
+    return next((one for one in found if mapping.applies(one[1].tensors)), found[0])
 
 
 def _unread(spec: TensorSpec) -> LazyTensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import CheckpointError, NotExpressible, OutputError, PlanError
@@ -14,6 +15,7 @@ from converters.readers import Checkpoint, open_checkpoint
 from converters.readers.files import is_url
 
 if TYPE_CHECKING:
+    from converters.changes import Ways
     from converters.plan import Plan
     from converters.verifier.subject import Subject
 
@@ -50,7 +52,8 @@ def convert(
     args: Mapping[str, Any] | None = None,
     key: str | None = None,
     ema: bool | None = None,
-    img_size: int | None = None,
+    img_size: int | list[int] | None = None,
+    ways: Ways | None = None,
     dtype: str = "source",
     expect_sha256: str | None = None,
     dry_run: bool = False,
@@ -61,34 +64,49 @@ def convert(
     """Convert a checkpoint into a folder that `timm.create_model('local-dir:DIRECTORY', pretrained=True)` loads.
 
     `family` (a name, or a file) and `target` (a timm model) are found where they are not given; `args` are
-    timm's, on top of the mapping's own; `img_size` in pixels; without `allow_deviation` a family that timm
-    computes only nearly is refused. Raises ConverterError; then nothing is left at `directory`.
+    timm's, on top of the mapping's own; `img_size` in pixels, or height and width. Other sizes than the source's
+    (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`. Without
+    `allow_deviation` a family that timm computes only nearly is refused. Raises ConverterError; then nothing is
+    left at `directory`.
     """
     checkpoint = open_checkpoint(_fetch(source, progress) if not dry_run or expect_sha256 else source, key=key, ema=ema)
-    with ThreadPoolExecutor(1) as background:
-        wanted = not dry_run or expect_sha256
-        digest = background.submit(checkpoint.sha256) if wanted else None  # while timm is imported
-        from converters.description import describe, write_description
-        from converters.detection import find_plan
-        from converters.emitter import new_folder, write_tensors
+    wanted = not dry_run or expect_sha256
+    digest = _begin(checkpoint.sha256) if wanted else None  # while timm is imported
+    from converters.description import describe, write_description
+    from converters.detection import find_plan
+    from converters.emitter import new_folder, write_tensors
 
-        plan = find_plan(checkpoint, family=family, target=target, args=args)
-        record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema)
-        if digest and expect_sha256 and expect_sha256.lower() != digest.result():
-            raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=checkpoint.path)
-        if dry_run or digest is None:
-            return Conversion(checkpoint, plan, None, record)
-        if any(file.path.resolve().is_relative_to(Path(directory).resolve()) for file in checkpoint.files):
-            raise OutputError("holds the source itself", file=directory, cure="choose another name")
-        if record["deviation"] and not allow_deviation:
-            reasons = "; ".join(f"{one['reason']} (within {one['bound']:g})" for one in record["deviation"])
-            problem = f"is of {plan.mapping.name}, which timm computes only nearly: {reasons}"
-            raise NotExpressible(problem, file=checkpoint.path, cure="pass --allow-deviation to have it so")
-        with new_folder(Path(directory), overwrite) as folder:
-            write_tensors(plan, checkpoint, folder / "model.safetensors", dtype=dtype, progress=progress)
-            record["source"]["sha256"] = digest.result()
-            write_description(plan, record, folder)
+    plan = find_plan(checkpoint, family=family, target=target, args=args, img_size=img_size, ways=ways)
+    record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema)
+    if digest and expect_sha256 and expect_sha256.lower() != digest.result():
+        raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=checkpoint.path)
+    if dry_run or digest is None:
+        return Conversion(checkpoint, plan, None, record)
+    if any(file.path.resolve().is_relative_to(Path(directory).resolve()) for file in checkpoint.files):
+        raise OutputError("holds the source itself", file=directory, cure="choose another name")
+    if record["deviation"] and not allow_deviation:
+        reasons = "; ".join(f"{one['reason']} (within {one['bound']:g})" for one in record["deviation"])
+        problem = f"is of {plan.mapping.name}, which timm computes only nearly: {reasons}"
+        raise NotExpressible(problem, file=checkpoint.path, cure="pass --allow-deviation to have it so")
+    with new_folder(Path(directory), overwrite) as folder:
+        write_tensors(plan, checkpoint, folder / "model.safetensors", dtype=dtype, progress=progress)
+        record["source"]["sha256"] = digest.result()
+        write_description(plan, record, folder)
     return Conversion(checkpoint, plan, Path(directory), record)
+
+
+def _begin(work: Callable[[], str]) -> Future[str]:
+    """Work in the background, for which nobody waits who does not want the result: an error is told at once."""
+    future: Future[str] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=do, daemon=True).start()
+    return future
 
 
 def _fetch(source: str | os.PathLike[str], progress: Progress | None) -> str | os.PathLike[str]:

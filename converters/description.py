@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def describe(
     checkpoint: Checkpoint,
     *,
     dtype: str = "source",
-    img_size: int | None = None,
+    img_size: int | list[int] | None = None,
     key: str | None = None,
     ema: bool | None = None,
 ) -> dict[str, Any]:
@@ -56,9 +57,10 @@ def describe(
         "family_sha256": hashlib.sha256(mapping.path.read_bytes()).hexdigest(),
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
-        "input_size": _input_size(plan, img_size),
+        "input_size": _input_size(plan.skeleton, img_size),
         "preprocess": mapping.preprocess,
         "reference": _reference(plan, checkpoint, img_size),
+        "changes": [asdict(change) for change in plan.changes],
         "caveats": [*plan.caveats, *checkpoint.notes],
         "deviation": _deviations(plan),
         "tensors": {
@@ -94,8 +96,10 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
     channels, height, width = record["input_size"]
     preprocess = dict(plan.mapping.preprocess)
     for key in ("mean", "std"):
-        values = preprocess.get(key, model.pretrained_cfg[key])
-        preprocess[key] = list(values) if len(values) == channels else [values[0]] * channels
+        values = list(preprocess.get(key, model.pretrained_cfg[key]))
+        if channels == 1:
+            values = [sum(values) / len(values)]
+        preprocess[key] = [values[channel % len(values)] for channel in range(channels)]
     save_config_for_hf(
         model,
         str(path),
@@ -108,17 +112,25 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
     _write_json(path, config)
 
 
-def _input_size(plan: Plan, img_size: int | None) -> list[int]:
-    size = list(plan.skeleton.model.pretrained_cfg["input_size"])
-    size[0] = plan.skeleton.args.get("in_chans", size[0])
-    if given := img_size or plan.skeleton.args.get("img_size"):
+def _input_size(skeleton: Skeleton, img_size: int | list[int] | None) -> list[int]:
+    """Channels, height and width."""
+    size = list(skeleton.model.pretrained_cfg["input_size"])
+    size[0] = skeleton.args.get("in_chans", size[0])
+    if given := img_size or skeleton.args.get("img_size"):
         size[1:] = [given, given] if isinstance(given, int) else list(given)
     return size
 
 
-def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | None) -> dict[str, Any] | None:
+def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | list[int] | None) -> dict[str, Any] | None:
+    """The reference of the source's own model, and those of its outputs that no change touches."""
     reference = reference_of(plan.mapping, checkpoint, route(plan.mapping, checkpoint.specs))
-    return fill_reference(reference, plan.mapping, plan.skeleton, _input_size(plan, img_size)) if reference else None
+    if reference is None or any(change.inside for change in plan.changes):
+        return None
+    own = plan.unchanged or plan.skeleton
+    block = fill_reference(reference, plan.mapping, own, _input_size(own, img_size))
+    if plan.changes:
+        block["outputs"] = {name: theirs for name, theirs in block["outputs"].items() if name != "logits"}
+    return block if block["outputs"] else None
 
 
 def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, size: list[int]) -> dict[str, Any]:
@@ -156,10 +168,12 @@ def _deviations(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _filled(template: Any, values: Mapping[str, Any]) -> Any:
-    """A template with its `$names` replaced; an entry whose name has no value is left out.
+    """A template with its `$names` replaced; an entry with a name that has no value is left out.
 
     >>> _filled({"depth": "$depth", "groups": "$groups", "shape": ["$size", 3]}, {"depth": 50, "size": 8})
     {'depth': 50, 'shape': [8, 3]}
+    >>> _filled({"shape": ["$size", 3]}, {})
+    {}
     """
     if isinstance(template, dict):
         return {key: _filled(value, values) for key, value in template.items() if not _unknown(value, values)}
@@ -169,6 +183,8 @@ def _filled(template: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _unknown(template: Any, values: Mapping[str, Any]) -> bool:
+    if isinstance(template, list):
+        return any(_unknown(part, values) for part in template)
     return isinstance(template, str) and template.startswith("$") and template[1:] not in values
 
 
@@ -176,7 +192,8 @@ def _card(record: Mapping[str, Any]) -> str:
     source, target = record["source"], record["target"]
     args = ", ".join(f"{key}={value!r}" for key, value in target["args"].items()) or "timm's defaults"
     sources = sum("from" in tensor for tensor in record["tensors"].values())
-    caveats = "".join(f"\n> {caveat}\n" for caveat in record["caveats"])
+    changes = [f"Changed on request: {change['text']}." for change in record["changes"]]
+    caveats = "".join(f"\n> {caveat}\n" for caveat in (*changes, *record["caveats"]))
     return f"""---
 library_name: timm
 tags:

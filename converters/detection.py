@@ -9,20 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+from converters.changes import SIZES, Ways, change, own_sizes, takes, trained_windows
 from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import prefixes, split
-from converters.plan import Plan, Problem, Route, make_plan, read_off, route
+from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
+from converters.signature import read_signature
 from converters.target import build_skeleton, is_known, traits_of
 
-__all__ = ["applies", "applying_families", "find_plan", "name_digest", "reference_of"]
+__all__ = ["applying_families", "find_plan", "name_digest", "reference_of"]
 
 _OPTIONAL = ("head", "fc.", "fc_norm.", "classifier", "last_linear", "norm.")
 
@@ -33,13 +36,18 @@ def find_plan(
     family: str | None = None,
     target: str | None = None,
     args: Mapping[str, Any] | None = None,
+    img_size: int | list[int] | None = None,
+    ways: Ways | None = None,
 ) -> Plan:
-    """A plan that closes.
+    """A plan that closes; `args` beyond the source's own sizes are changes, made in these `ways`.
+
+    `img_size` is for models that are built for one size; others take any.
 
     Raises PlanError with every problem of the nearest target, NotExpressible where a family refuses the
     file, TargetError where `target` or `args` are none of timm's.
     """
     families = [load_mapping(family)] if family else applying_families(checkpoint)
+    asked = _Asked(dict(args or {}), img_size, ways or Ways())
     nearest: tuple[tuple[Problem, ...], Family, str] | None = None
     refused: TargetError | None = None
     inexpressible: NotExpressible | None = None
@@ -53,21 +61,27 @@ def find_plan(
             continue
         routes = route(mapping, checkpoint.specs)
         closed: list[Plan] = []
-        for architecture in _candidates(mapping, checkpoint, routes, target):
+        candidates = list(_candidates(mapping, checkpoint, routes, target))
+        others: list[str] = []  # that may close with other sizes than timm's own
+        for exactly, architecture in chain(((True, one) for one in candidates), ((False, one) for one in others)):
+            if closed and not exactly:
+                break
             try:
-                plan = _plan_for(mapping, checkpoint, routes, architecture, dict(args or {}))
+                plan = _plan_for(mapping, checkpoint, routes, architecture, asked, exactly)
             except TargetError as error:
                 if target or not mapping.any_target:
                     raise
                 refused = error  # the family's arguments are not every model's
                 continue
             if not isinstance(plan, Plan):
+                if exactly and all(problem.kind == "shape" for problem in plan):
+                    others.append(architecture)
                 if nearest is None or len(plan) < len(nearest[0]):
                     nearest = plan, mapping, architecture
             elif mapping.any_target and target is None:
-                closed.append(replace(plan, caveats=caveats))
+                closed.append(replace(plan, caveats=(*caveats, *plan.caveats)))
             else:
-                return replace(plan, caveats=caveats)
+                return replace(plan, caveats=(*caveats, *plan.caveats))
         if closed:
             return _only(closed, checkpoint)
     if inexpressible:
@@ -83,16 +97,12 @@ def find_plan(
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
     """The families whose `detect` names the checkpoint has, those for a few targets before those for any."""
-    found = [mapping for mapping in map(load_mapping, find_mappings()) if applies(mapping, checkpoint)]
+    found = []
+    for name, path in find_mappings().items():
+        signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
+        if signature.applies(checkpoint.tensors):
+            found.append(load_mapping(name))
     return sorted(found, key=lambda mapping: mapping.any_target)
-
-
-def applies(mapping: Family, checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint has the names by which the family is detected."""
-    names = [split(name) for name in checkpoint.tensors]
-    if mapping.strip:
-        names += [mapping.stripped(name) for name in checkpoint.tensors]
-    return all(any(p.match(name) for p in patterns for name in names) for patterns in mapping.detect)
 
 
 def reference_of(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> ReferenceFile | None:
@@ -103,9 +113,24 @@ def reference_of(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, .
     return None
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the user asks of the target."""
+
+    args: dict[str, Any]
+    img_size: int | list[int] | None
+    ways: Ways
+
+
 def _plan_for(
-    mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...], architecture: str, args: dict[str, Any]
+    mapping: Family,
+    checkpoint: Checkpoint,
+    routes: tuple[Route, ...],
+    architecture: str,
+    asked: _Asked,
+    exactly: bool,
 ) -> Plan | tuple[Problem, ...]:
+    """The plan, or what keeps it from closing; `exactly` with timm's own sizes, else with those of the source."""
     reference = reference_of(mapping, checkpoint, routes)
     own = {**mapping.target_args, **(reference.target_args if reference else {})}
     traits = traits_of(architecture)
@@ -114,7 +139,24 @@ def _plan_for(
         specs = build_skeleton(architecture, own).specs
         stems = [specs[f"{name}.weight"].shape[1] for name in traits.first_convs if f"{name}.weight" in specs]
         read["in_chans"] = read["in_chans"] * traits.in_chans // (stems or [traits.in_chans])[0]
-    return make_plan(mapping, routes, build_skeleton(architecture, {**own, **read, **args}))
+    sizes = {key: asked.args[key] for key in SIZES if key in asked.args}
+    given = {**own, **read, **{key: value for key, value in asked.args.items() if key not in sizes}}
+    if asked.img_size and takes(build_skeleton(architecture, given), "img_size"):
+        sizes.setdefault("img_size", asked.img_size)
+    if exactly and not asked.ways.classes and not trained_windows(build_skeleton(architecture, given), sizes):
+        plan = make_plan(mapping, routes, build_skeleton(architecture, given | sizes))
+        if isinstance(plan, Plan) or not sizes:
+            return plan
+    for _ in range(3):  # with other patches the grid is another one, and it may have another size
+        skeleton = build_skeleton(architecture, given)
+        plan = make_plan(mapping, routes, skeleton)
+        if isinstance(plan, Plan):
+            return change(plan, sizes, asked.ways) if sizes or asked.ways.classes else plan
+        more = {} if exactly else own_sizes(skeleton, plan)
+        if not more:
+            break
+        given |= more
+    return plan
 
 
 def _candidates(
@@ -124,13 +166,13 @@ def _candidates(
         traits_of(target)
         yield target
     elif mapping.any_target:
-        yield from _by_names(checkpoint, routes)
+        yield from _by_names(mapping, checkpoint, routes)
     else:
         yield from (name for name in mapping.targets if is_known(name))  # an older timm lacks some
 
 
-def _by_names(checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
-    """The timm models that a timm checkpoint may be: the one that it names, or those with the same tensor names."""
+def _by_names(mapping: Family, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
+    """The timm models that a checkpoint may be: the one that it names, or those with the names that its rules give."""
     named = checkpoint.metadata.get("arch") or checkpoint.metadata.get("architecture")
     if isinstance(named, str):
         try:
@@ -139,7 +181,7 @@ def _by_names(checkpoint: Checkpoint, routes: tuple[Route, ...]) -> list[str]:
         except TargetError:
             pass
     index = json.loads((mappings_folder() / "timm" / "index.json").read_text("utf-8"))
-    return index.get(name_digest(".".join(item.segments) for item in routes), [])
+    return index.get(name_digest(rendered(mapping, routes)), [])
 
 
 def name_digest(names: Iterable[str]) -> str:

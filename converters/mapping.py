@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from converters.errors import MappingError
-from converters.names import Match, Pattern, Template, split
+from converters.names import Match, Pattern, Template
 from converters.ops import IDENTITY, Pipeline
-from converters.schema import Deviation, Evidence, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.signature import Signature
 from converters.strict_yaml import Lines, load
 
 __all__ = [
@@ -88,6 +89,7 @@ class Fill:
     line: int
     pattern: Pattern
     value: int | float
+    reason: str = ""  # a caveat
 
     @property
     def text(self) -> str:
@@ -95,7 +97,7 @@ class Fill:
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Mapping(Signature):
     """A family, ready to plan with."""
 
     name: str  # "mmlab/swin", or the path of a file of the user's own
@@ -103,8 +105,6 @@ class Mapping:
     any_target: bool  # whether every timm model may be one
     targets: dict[str, dict[str, Any]]  # with what builds the reference of each
     target_args: dict[str, Any]
-    detect: tuple[tuple[Pattern, ...], ...]
-    strip: tuple[Pattern, ...]
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
@@ -121,15 +121,6 @@ class Mapping:
     def target_names(self) -> list[str]:
         """Its targets; "any" where every timm model is one."""
         return ["any"] if self.any_target else list(self.targets)
-
-    def stripped(self, name: str) -> tuple[str, ...]:
-        """A source name's segments without the prefixes that the family may carry."""
-        segments = split(name)
-        for prefix in self.strip:
-            found = prefix.match(segments)
-            if found and found.rest:
-                segments = found.rest
-        return segments
 
 
 Row = TypeVar("Row", bound=Rule | Drop | Fill)
@@ -160,7 +151,7 @@ def mappings_folder() -> Path:
 def find_mappings() -> dict[str, Path]:
     """Every family that ships, by name."""
     folder = mappings_folder()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def load_mapping(family: str) -> Mapping:
@@ -237,7 +228,8 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
-            Fill(lines.of("fill", text), pattern(text, "fill", text), value) for text, value in file.fill.items()
+            Fill(lines.of("fill", text), pattern(text, "fill", text), *_value(value))
+            for text, value in file.fill.items()
         ),
         enumerate=numbered,
         preprocess=file.preprocess,
@@ -248,6 +240,10 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         lines=lines,
         title=title,
     )
+
+
+def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
+    return (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
 
 
 def _check_op(name: str, text: str, lines: Lines) -> None:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IDENTITY", "Op", "OpError", "Pipeline"]
+__all__ = ["IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
 
 Tensors = list["torch.Tensor"]
 

@@ -6,17 +6,19 @@ routes to one target and returns a plan that closes, or every problem that keeps
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Mapping as Dict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from converters.mapping import Drop, Fill, Leaf, Mapping, Rule, Way, most_specific
-from converters.names import Match, prefixes, split
+from converters.names import Match, fold, prefixes, split
 from converters.ops import IDENTITY, OpError, Pipeline
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 
-__all__ = ["Origin", "Plan", "Problem", "Route", "Step", "make_plan", "read_off", "route"]
+__all__ = ["Change", "Origin", "Plan", "Problem", "Route", "Step", "make_plan", "read_off", "rendered", "route"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What the user asked for beyond the source's own sizes (see changes.py)."""
+
+    text: str  # the op and its tensors, folded
+    inside: bool  # whether features change too, and not only a classifier
+
+
+@dataclass(frozen=True)
 class Plan:
     """A conversion that closes."""
 
@@ -48,6 +58,8 @@ class Plan:
     steps: tuple[Step, ...]
     drops: dict[str, Drop]  # source name: the row that discards it
     caveats: tuple[str, ...] = ()  # what the file cannot rule out; to be shown
+    unchanged: Skeleton | None = None  # the source's own, where changes were asked for
+    changes: tuple[Change, ...] = ()
 
     @property
     def origins(self) -> dict[int, list[Step]]:
@@ -68,6 +80,7 @@ class Problem:
     rows: tuple[Rule | Drop | Fill, ...] = ()
     detail: str = ""
     target: str = ""  # for a source that a rule sends nowhere: the name that the target lacks
+    shape: tuple[int, ...] = ()  # for a target of another shape: the one that its source would give
 
 
 @dataclass(frozen=True)
@@ -102,15 +115,11 @@ def route(mapping: Mapping, specs: Dict[str, TensorSpec]) -> tuple[Route, ...]:
 def read_off(mapping: Mapping, routes: tuple[Route, ...], traits: Traits) -> dict[str, int]:
     """The classes and input channels that the source itself has, as timm arguments."""
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
-    sources = prefixes(item.segments for item in routes)
-    for item in routes:
-        if item.problem or not isinstance(item.row, Rule):
-            continue
+    for item, names, ops in _without_target(mapping, routes):
         try:
-            names, ops = _destination(mapping, item, _Existing(frozenset(), sources), {})
             shape = ops.shapes([item.spec.shape], len(names))[0]
-        except (KeyError, OpError, _Homeless):
-            continue  # a gather's member, or a row that needs the target; neither is a classifier or a stem
+        except OpError:
+            continue  # a gather's member; no classifier and no stem
         shapes.update((split(name), shape) for name in names)
     args: dict[str, int] = {}
     heads = [shapes.get((*split(name), "weight"), ()) for name in traits.classifiers]
@@ -122,6 +131,20 @@ def read_off(mapping: Mapping, routes: tuple[Route, ...], traits: Traits) -> dic
     if channels and channels[0] != traits.in_chans:
         args["in_chans"] = channels[0]
     return args
+
+
+def rendered(mapping: Mapping, routes: tuple[Route, ...]) -> frozenset[str]:
+    """The target names that the routes lead to, as far as rules tell without a target."""
+    return frozenset(name for _, names, _ in _without_target(mapping, routes) for name in names)
+
+
+def _without_target(mapping: Mapping, routes: tuple[Route, ...]) -> Iterator[tuple[Route, tuple[str, ...], Pipeline]]:
+    """Each route that needs no target to be followed, with the names and ops at its end."""
+    existing = _Existing(frozenset(), prefixes(item.segments for item in routes))
+    for item in routes:
+        if not item.problem and isinstance(item.row, Rule):
+            with suppress(KeyError, _Homeless):
+                yield item, *_destination(mapping, item, existing, {})
 
 
 def make_plan(mapping: Mapping, routes: tuple[Route, ...], skeleton: Skeleton) -> Plan | tuple[Problem, ...]:
@@ -201,6 +224,7 @@ class _Draft:
     def close(self) -> Plan | tuple[Problem, ...]:
         gathers = {id(gather): gather for gather in self.reached.values() if gather.members}
         steps = [step for gather in gathers.values() for step in self._steps(gather)]
+        absent: dict[tuple[str, int | float], list[str]] = {}
         for name, spec in self.skeleton.specs.items():
             if name in self.reached:
                 continue
@@ -211,9 +235,15 @@ class _Draft:
                 self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
                 steps.append(Step(spec, Origin(fill=fills[0].value)))
+                if fills[0].reason:
+                    absent.setdefault((fills[0].reason, fills[0].value), []).append(name)
         if self.problems:
             return tuple(self.problems)
-        return Plan(self.mapping, self.skeleton, tuple(steps), self.drops)
+        caveats = (
+            f"{', '.join(text for text, _ in fold(names))} {'is' if len(names) == 1 else 'are'} {value}: {reason}"
+            for (reason, value), names in absent.items()
+        )
+        return Plan(self.mapping, self.skeleton, tuple(steps), self.drops, tuple(caveats))
 
     def _steps(self, gather: _Gather) -> list[Step]:
         """The steps of one gather, or none and a problem for each of its targets."""
@@ -232,9 +262,11 @@ class _Draft:
             shapes = gather.ops.shapes([spec.shape for spec in sources], len(names))
         except OpError as error:
             return fail("op", str(error))
-        for spec, shape in zip(wanted, shapes, strict=True):
-            if spec.shape != shape:
-                return fail("shape", f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm")
+        if any(spec.shape != shape for spec, shape in zip(wanted, shapes, strict=True)):
+            for spec, shape in zip(wanted, shapes, strict=True):
+                detail = f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm"
+                self.problems.append(Problem("shape", spec.name, spec, (gather.rule,), detail, shape=shape))
+            return []
         for spec in sources:
             if spec.dtype != sources[0].dtype:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {sources[0].dtype} from {sources[0].name}")

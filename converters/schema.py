@@ -15,6 +15,7 @@ __all__ = [
     "Deviation",
     "DropFile",
     "Evidence",
+    "FillFile",
     "MappingFile",
     "ReferenceFile",
     "Refusal",
@@ -79,6 +80,13 @@ class DropFile(_Strict):
     only: Literal["zeros"]
 
 
+class FillFile(_Strict):
+    """A value for what the source does not have although timm computes with it; the report carries the reason."""
+
+    value: int | float
+    reason: Annotated[str, _SOME]
+
+
 class Deviation(_Strict):
     """What timm cannot compute as the source does, and how far that may take the outputs away."""
 
@@ -101,7 +109,7 @@ class MappingFile(_Strict):
     strip: str | list[str] = []
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
-    fill: dict[str, int | float] = {}
+    fill: dict[str, int | float | FillFile] = {}
     enumerate: dict[str, str] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     preprocess: dict[str, Any] = {}

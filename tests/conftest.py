@@ -14,6 +14,14 @@ from converters.tensors import LazyTensor, TensorSpec
 HEAD = "targets: {resnet18: }\ndetect: ['*']\nleaves: torch\n"  # what a test's own text stands behind, from line 4
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` the tests of a file run in one process, those marked `alone` anywhere."""
+    for item in items:
+        if not item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture
 def family(tmp_path: Path) -> Callable[..., Any]:
     """A mapping from its text; `head` are the keys that every file must have."""

@@ -133,7 +133,7 @@ def test_families_that_ship(family: str, target: str, runners: list[str], passes
 
 def test_the_listed_tensors_are_those_of_a_checkpoint(mapping, tmp_path: Path) -> None:
     question = next(ask(load_mapping(mapping(HEAD + REFERENCE)), [], 64))
-    specs = build([question], tmp_path, python=None, timeout=300)[question]
+    specs = build([question], tmp_path)[question]
     model = {key: question.block[key] for key in ("runner", "model")}
     run_task({"task": "write_weights", **model, "out": str(tmp_path / "source.pth"), "input": [2, *question.size]})
     assert specs == open_checkpoint(tmp_path / "source.pth").specs

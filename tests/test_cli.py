@@ -59,7 +59,7 @@ def small(tmp_path_factory) -> Path:
         (["convert", "a.pth"], "say where to with -o DIR, or use --dry-run"),
         (["convert", "a.pth", "-o", "out", "--dtype", "int8"], "int8"),
         (["convert", "a.pth", "-o", "out", "--arg", "depth"], "--arg depth has no value; write K=V"),
-        (["convert", "a.pth", "-o", "out", "--img-size", "big"], "Invalid value for '--img-size'"),
+        (["convert", "a.pth", "-o", "out", "--img-size", "big"], "--img-size big is no size; write 224 or 224x320"),
         (["convert", "a.pth", "-o", "out", "--colour", "red"], "No such option: --colour"),
         (["families", "a", "b"], "unexpected extra argument"),
         (["verify", "out"], "Missing option '--source'"),

@@ -21,7 +21,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from converters.closing import ask, build, close
+from converters.closing import Unbuilt, ask, build, close
 from converters.detection import find_plan
 from converters.mapping import find_mappings, load_mapping
 from converters.names import fold
@@ -205,8 +205,10 @@ def of_references(family: str) -> dict[str, Specs]:
     mapping, found = load_mapping(family), dict[int, tuple[str, Specs]]()
     with tempfile.TemporaryDirectory() as folder:
         questions = sorted(ask(mapping, (), None), key=lambda one: one.parameters)
-        for question, specs in build(questions, Path(folder), python=None, timeout=900.0).items():
-            closing = None if isinstance(specs, str) or question.number in found else close(mapping, question, specs)
+        for question, specs in build(questions, Path(folder)).items():
+            closing = (
+                None if isinstance(specs, Unbuilt) or question.number in found else close(mapping, question, specs)
+            )
             if closing and closing.outcome == "closes":
                 tensors = {closing.prefix + name: _listed(one.shape, one.dtype) for name, one in specs.items()}
                 title = f"{question.block['runner']}, {question.target}"

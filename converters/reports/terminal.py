@@ -128,6 +128,8 @@ def show_conversion(conversion: Conversion) -> None:
     _say("ops", "; ".join(f"{text} ({count}x)" for text, count in moved.most_common()))
     _say("filled", ", ".join(f"{text} = {value}" for text, value in _fills(plan)))
     _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
+    for change in plan.changes:
+        _say("changed", f"{change.text}, on request")
     _say("set aside", "; ".join(f"{name} ({reason})" for name, reason in checkpoint.set_aside.items()))
     _caveats(checkpoint, plan)
     if conversion.directory:

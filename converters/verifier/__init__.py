@@ -28,7 +28,7 @@ from converters.verifier.rounding import unrounded, with_errors
 from converters.verifier.subject import Subject, read_subject
 from converters.verifier.target import blamed, load_target, run_target, single_threaded
 from converters.verifier.verdict import Verdict
-from converters.verifier.worker import run_reference
+from converters.verifier.worker import Workers, run_reference
 
 __all__ = ["Verdict", "verify"]
 
@@ -46,8 +46,10 @@ def verify(
     memory: int | None = None,
     taps: bool = True,
     mutants: bool = False,
+    float32: bool = True,
     images: str | os.PathLike[str] | None = None,
     keep: str | os.PathLike[str] | None = None,
+    workers: Workers | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Verdict:
     """Compare a folder that `convert` wrote with the reference, on the checkpoint that it was converted from.
@@ -55,9 +57,10 @@ def verify(
     `reference` is None or "auto" for the one that the family's mapping names, the path of a recording (`.npz`), or
     another that choice.py lists, with `outputs` and `args` as it describes them. `python` is the interpreter that
     has the source framework. `trust` lets the framework execute whatever `source` or the reference's file holds.
-    The worker is ended after `timeout` seconds and may take `memory` bytes of address space. Without `taps` the
-    outputs are compared and no module inside. With `mutants` a verdict that passes is put to the proof (see
-    mutants.py). `images` is a folder of the user's own, which become a probe. The recording is copied to `keep`.
+    The worker is ended after `timeout` seconds and may take `memory` bytes of address space; one of `workers` does it,
+    or a new one. Without `taps` the outputs are compared and no module inside; without `float32` nothing runs in it
+    where float64 decides. With `mutants` a verdict that passes is put to the proof (see mutants.py). `images` is a
+    folder of the user's own, which become a probe. The recording is copied to `keep`.
     `progress` is told each step.
 
     The verdict is also written to verification.json in the folder. Models that differ are a verdict, not an
@@ -66,6 +69,9 @@ def verify(
     tell = progress or (lambda step: None)
     tell("checking the source")
     subject = read_subject(Path(directory))
+    if subject.changes:
+        what = f"was changed on request ({'; '.join(subject.changes)}), and no other model computes its function"
+        raise ReferenceFailed(what, file=directory, cure="verify a conversion without the change")
     checkpoint = open_source(subject, source)
     tell("running the reference")
     if reference is not None and reference.endswith(".npz"):
@@ -80,17 +86,20 @@ def verify(
         job = make_job(parse_reference(reference or "auto", subject, outputs, args), subject, checkpoint, trust=trust)
         if not taps:
             del job["taps"]
+        if not float32:
+            job["precisions"] = 1
         inputs = probes(subject.input_size, any_size=job.get("any_size", False))
         if images is not None:
             inputs |= image_probes(subject.directory, Path(images))
-        limits: dict[str, Any] = {"timeout": timeout, "memory": memory}
+        limits: dict[str, Any] = {"timeout": timeout, "memory": memory, "workers": workers}
         recording = run_reference(job, inputs, python=python, keep=Path(keep) if keep else None, **limits)
     if recording.about["source"]["sha256"] != subject.sha256:
         raise ReferenceFailed("ran with another checkpoint than the one that was converted", file=reference or source)
     tell("running the target")
     weights, rounding = unrounded(subject, checkpoint)
     names = recording.output_names
-    target = run_target(subject.directory, recording.inputs, names, weights)
+    precisions = sorted({"float64", *recording.outputs})
+    target = run_target(subject.directory, recording.inputs, names, weights, precisions)
     tell("comparing")
     allowed = sum(one["bound"] for one in subject.deviation)
     comparisons = compare(recording.outputs, target, names, recording.labels, allowed=allowed)

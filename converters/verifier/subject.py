@@ -41,6 +41,7 @@ class Subject:
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)  # where each comes from
     modules: tuple[Pair, ...] = ()
     deviation: tuple[dict[str, Any], ...] = ()
+    changes: tuple[str, ...] = ()  # on request, so that no model of the source framework computes its features
 
     def about(self) -> dict[str, Any]:
         """What is verified, and by which libraries it is run."""
@@ -83,6 +84,7 @@ def make_subject(
         tensors=dict(conversion.get("tensors", {})),
         modules=read_pairs(conversion.get("modules", {})),
         deviation=tuple(map(_deviation, conversion.get("deviation", ()))),
+        changes=tuple(str(one["text"]) for one in conversion.get("changes", ()) if one["inside"]),
     )
 
 

@@ -85,18 +85,41 @@ def single_threaded() -> Iterator[None]:
 
 
 def _outputs(model: Any, x: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The outputs; what `forward_features` gave while the logits were made is not made again."""
     found: dict[str, torch.Tensor] = {}
-    if "logits" in names and model.num_classes:
-        found["logits"] = model(x)
+    features: list[torch.Tensor] = []
+    with _heard(model, x, features):
+        if "logits" in names and model.num_classes:
+            found["logits"] = model(x)
+        if {"forward_features", "pre_logits"} & set(names) and not features:
+            model.forward_features(x)
     if "forward_features" in names:
-        found["forward_features"] = model.forward_features(x)
+        found["forward_features"] = features[0]
     if "pre_logits" in names:
-        found["pre_logits"] = model.forward_head(model.forward_features(x), pre_logits=True)
+        found["pre_logits"] = model.forward_head(features[0].clone(), pre_logits=True)
     matches = [re.fullmatch(r"features\.([0-9]{1,3})", name) for name in names]
     if levels := sorted({int(match[1]) for match in matches if match}):
         maps = model.forward_intermediates(x, indices=levels, norm=False, output_fmt="NCHW", intermediates_only=True)
         found |= {f"features.{level}": value for level, value in zip(levels, maps, strict=True)}
     return found
+
+
+@contextmanager
+def _heard(model: Any, x: torch.Tensor, features: list[torch.Tensor]) -> Iterator[None]:
+    """As long as this lasts, what the model's `forward_features` gives for `x` is noted."""
+    ask = model.forward_features
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        given = ask(*args, **kwargs)
+        if args and args[0] is x:
+            features.append(given.clone())  # what follows may work in place
+        return given
+
+    model.forward_features = note
+    try:
+        yield
+    finally:
+        del model.forward_features
 
 
 @contextmanager

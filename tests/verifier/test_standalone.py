@@ -11,8 +11,9 @@ import pytest
 from converters.verifier.worker import REFERENCES
 
 OPENMMLAB = {"mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg"}
-OTHERS = {"flax", "jax", "keras", "onnxruntime", "safetensors", "tensorflow", "timm", "torch", "torchvision", "transformers"}
-FRAMEWORKS = {"numpy", "importlib_metadata"} | OPENMMLAB | OTHERS
+OTHERS = {"flax", "jax", "keras", "onnxruntime", "safetensors", "tensorflow", "timm", "torch", "torchvision"}
+OTHERS |= {"tf_slim", "transformers"}
+FRAMEWORKS = {"numpy", "h5py", "importlib_metadata"} | OPENMMLAB | OTHERS
 MODULES = sorted(REFERENCES.glob("*.py"))
 LOCAL = {path.stem for path in MODULES}
 LATER = {  # than Python 3.7, and not a matter of syntax

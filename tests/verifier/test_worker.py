@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from converters.errors import ReferenceFailed
-from converters.verifier.worker import run_reference
+from converters.verifier.worker import Workers, run_reference, run_task
 
 PROBE = {"normal": np.zeros((2, 3, 32, 32), np.float32)}
 
@@ -126,3 +126,36 @@ def test_the_worker_opens_no_connection(tmp_path):
     config.write_text("model = __import__('urllib.request').request.urlopen('http://127.0.0.1:9/')")
     line = run(tmp_path, job={"model": None, "config": str(config)})
     assert "the reference asked for the network" in line
+
+
+def list_nothing(runner: str, **how) -> dict:
+    return run_task({"task": "list_tensors", "runner": runner, "models": [], "folder": "."}, **how)
+
+
+def test_workers_are_kept_and_ended():
+    with Workers() as workers:
+        for runner in ("mmdet", "mmpretrain"):
+            assert list_nothing(runner, workers=workers) == {"models": []}
+        (mm,) = workers.kept.values()  # one framework
+        for runner in ("keras", "timm"):
+            list_nothing(runner, workers=workers)
+        assert len(workers.kept) == 2 and mm.process.poll() is not None
+        processes = [kept.process for kept in workers.kept.values()]
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_a_kept_worker_that_fails_is_one_line_and_is_replaced(tmp_path):
+    once = str(tmp_path / "once")
+    code = f"if not os.path.exists({once!r}): open({once!r}, 'w'); print('oh', flush=True); os._exit(3)"
+    python = interpreter(tmp_path, code)
+    with Workers() as workers:
+        with pytest.raises(ReferenceFailed, match="the timm reference exited with code 3 and no result: oh"):
+            list_nothing("timm", python=python, workers=workers)
+        assert list_nothing("timm", python=python, workers=workers) == {"models": []}
+
+
+def test_a_kept_worker_has_its_time(tmp_path):
+    python = interpreter(tmp_path, HANG.format(path=str(tmp_path / "child")))
+    with Workers() as workers, pytest.raises(ReferenceFailed, match="the timm reference took longer than 2 s"):
+        list_nothing("timm", python=python, timeout=2, workers=workers)
+    assert gone(tmp_path / "child")

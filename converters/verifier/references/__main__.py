@@ -1,13 +1,15 @@
 """The reference worker: the source framework's own model, run in a process of its own.
 
     EXE references JOB [CHECKPOINT]
+    EXE references -                    standard input names one JOB a line
 
 `JOB` is a folder that holds
 
     job.json       {"runner", "model" or "config", "outputs": {name: "the runner's name | ops"}, "input": "ops",
                     "source": {"file", "files", "wrappers", "chosen"}, "trust",
                     "limits": {"seconds", "bytes", "threads"}}
-                   and, to look inside, "taps": {"inputs": [module], "outputs": [module]}
+                   and, to look inside, "taps": {"inputs": [module], "outputs": [module]}; "precisions": 1 for the
+                   best alone
     inputs.npz     one float32 NCHW array for each probe
 
 and receives
@@ -40,6 +42,7 @@ and would hide it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -48,7 +51,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["RUNNERS", "main"]
+__all__ = ["RUNNERS", "main", "serve"]
 
 RUNNERS = {
     "mmdet": "run_mmlab",
@@ -87,6 +90,22 @@ FRAMEWORKS = (
     *("numpy", "torch", "torchvision", "transformers", "safetensors", "timm", "onnxruntime", "tensorflow", "keras"),
     *("flax", "jax", "tf_slim", "h5py", "mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg"),
 )
+
+
+def serve() -> int:
+    """Job after job, so that a framework is imported once. Each one's result.json tells that it is done."""
+    import gc
+    import signal
+
+    jobs, home = os.fdopen(os.dup(0)), os.getcwd()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for line in jobs:
+        os.chdir(line.rstrip("\n"))
+        main(os.getcwd())
+        signal.alarm(0)
+        os.chdir(home)
+        gc.collect()
+    return 0
 
 
 def main(folder: str, checkpoint: str | None = None) -> int:
@@ -151,6 +170,11 @@ def _confine(limits: dict[str, Any]) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (limits["bytes"], limits["bytes"]))
+    _forbid_network()
+
+
+@functools.lru_cache  # a hook cannot be taken off, and one is enough
+def _forbid_network() -> None:
     if hasattr(sys, "addaudithook"):
         sys.addaudithook(_refuse_network)
 
@@ -182,6 +206,7 @@ def _record(job: dict[str, Any], folder: str, recording: zipfile.ZipFile) -> dic
         },
         "notes": [],
     }
+    done: list[str] = []
     for precision in PRECISIONS:
         try:
             run, facts = runner.build({**job, "outputs": sorted(set(names.values()))}, precision)
@@ -203,6 +228,9 @@ def _record(job: dict[str, Any], folder: str, recording: zipfile.ZipFile) -> dic
                     about.update(record_taps(modules, job["taps"], probe, array.astype(precision), recording))
                 except Exception as error:
                     about["notes"].append(f"no taps: {_line(error)}")
+            done.append(precision)
+            if len(done) == job.get("precisions"):
+                break
     if "files" in about:
         files = about.pop("files")
         about["weights"] = {"files": [os.path.basename(path) for path in files], "sha256": _sha256(files)}
@@ -272,4 +300,4 @@ def _line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(serve() if sys.argv[1:] == ["-"] else main(*sys.argv[1:]))
