@@ -16,8 +16,8 @@ An op takes a list of tensors and gives a list. It is written as one of
                                     its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
 and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
-others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on torch's meta device it
-computes them, so a plan checks whole chains before a byte is read.
+others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
+torch's meta device it computes them, so a plan checks whole chains before a byte is read.
 
 >>> import torch
 >>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]

@@ -116,7 +116,7 @@ def verify(
     )
     if mutants and verdict.passed:
         tell("comparing mutants")
-        proof = run_mutants(subject.directory, recording, weights=weights, allowed=allowed)
+        proof = run_mutants(subject.directory, recording, weights=weights, deviation=subject.deviation)
         verdict = replace(verdict, mutants=proof)
     _write(subject.directory / "verification.json", verdict.to_json())
     return verdict

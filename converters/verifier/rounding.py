@@ -1,7 +1,8 @@
 """The gate for rounded weights: each is the source's through the plan's ops, rounded once.
 
 Those are weights in a narrower dtype than the source's, and those that an op calculates. The forward pass of rounded
-weights cannot agree with the reference's, so it decides nothing. The source's own values are made once more, as conversion.json says, compared with the stored ones bit for bit, and run in their
+weights cannot agree with the reference's, so it decides nothing. The source's own values are made once more, as
+conversion.json says, compared with the stored ones bit for bit, and run in their
 place: then the function is compared as sharply as any other.
 """
 

@@ -24,7 +24,9 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         kernel = (kernel - kernel.mean((0, 1, 2))) / jnp.sqrt(kernel.var((0, 1, 2)) + 1e-10)
         pad = [(self.size // 2,) * 2] * 2
-        return nn.Conv(self.features, shape[:2], self.stride, pad, use_bias=False).apply({"params": {"kernel": kernel}}, x)
+        return nn.Conv(self.features, shape[:2], self.stride, pad, use_bias=False).apply(
+            {"params": {"kernel": kernel}}, x
+        )
 
 
 class Norm(nn.Module):

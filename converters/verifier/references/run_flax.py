@@ -149,7 +149,9 @@ def _flat(tree: Any, name: str = "") -> dict[str, Any]:
     """Leaves of lists, tuples and tables by their keys, with slashes between them; what is no tree is "0"."""
     if isinstance(tree, Mapping) or (isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields")):
         items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-        return {key: leaf for at, node in items for key, leaf in _flat(node, f"{name}/{at}" if name else f"{at}").items()}
+        return {
+            key: leaf for at, node in items for key, leaf in _flat(node, f"{name}/{at}" if name else f"{at}").items()
+        }
     return {name or "0": tree}
 
 

@@ -2,9 +2,10 @@
 
 `model` is {"module": NAME, "factory": NAME, "args": {...}, "scope": NAME, "scope_args": {...}, "training": ARGUMENT,
 "size": [height, width, channels]}. FACTORY(images, **args), or of a class FACTORY(**args)(images), adds the model to a
-graph and gives its logits, alone or before a table of endpoints; an argument {"attribute": NAME} is what the module has
-by that name. `scope` is a function of the module that gives the arg_scope to call it in. `training` is the argument, of
-either, that says whether batch norms take statistics ("is_training"). A checkpoint is what a Saver wrote, by its prefix.
+graph and gives its logits, alone or before a table of endpoints; an argument {"attribute": NAME} is what the module
+has by that name. `scope` is a function of the module that gives the arg_scope to call it in. `training` is the
+argument, of either, that says whether batch norms take statistics ("is_training"). A checkpoint is what a Saver wrote,
+by its prefix.
 Outputs: "0" or "logits", or the name of an endpoint; of one pixel each, as a vector.
 """
 
@@ -78,8 +79,9 @@ class TensorFlowGraph(NamedArrays):
         for operation in graph.get_operations():
             if FUSED.fullmatch(operation.type):
                 owners = {_variable(tensor).rpartition("/")[0] for tensor in operation.inputs[1:3]}
-                for name, tensor in zip(STATISTICS, operation.outputs[1:3]):
-                    wanted.update({f"{owner}/{name}": tensor for owner in owners if f"{owner}/{name}" in variables})
+                for output, name in enumerate(STATISTICS, 1):
+                    there = [f"{owner}/{name}" for owner in owners if f"{owner}/{name}" in variables]
+                    wanted.update(dict.fromkeys(there, operation.outputs[output]))
         session = self._session(graph, variables, arrays)
         found: dict[str, np.ndarray] = session.run(wanted, {images: batch.transpose(0, 2, 3, 1)})
         return found
