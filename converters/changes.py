@@ -37,6 +37,7 @@ class Ways:
     resample: str = "timm"  # one of normalizers.WAYS
     classes: slice | tuple[int, ...] | None = None  # which of the source's classes are kept, in this order
     alpha: bool = False  # further input channels get no weight
+    bgr: bool | None = None  # whether the source takes BGR images; None: what the file says
 
     def __post_init__(self) -> None:
         if self.resample not in normalizers.WAYS:
@@ -143,7 +144,8 @@ class _Changing:
         """What was changed, for a person: the op and its tensors, folded."""
         for text, names in self.made.items():
             folded = ", ".join(name for name, _ in fold(names))
-            yield Change(f"{text}: {folded}", inside=not _heads(self.old).issuperset(names))
+            head = _heads(self.old).issuperset(names)
+            yield Change(f"{text}: {folded}", inside=not head, classes=(self.kept or ()) if head else ())
 
 
 def _resampler(name: str, old: Shape, new: Shape, sizes: tuple[Size | None, Size | None], way: str) -> Op | None:

@@ -130,13 +130,9 @@ def check(
         closings = [one for one in answers.values() if isinstance(one, Closing)]
         seen = [(one.routes, one.plan) for one in closings]
         for closing in _worth_proving(closings, everything) if parity else ():
-            question = closing.question
-            tell(f"proving {question.target}")
-            case, routes = _prove(mapping, closing, folder, ways)
-            if case.verdict is None and question.img_size and img_size is None:
-                whole = pose(mapping, question.target, question.number, None)
-                case, routes = _prove(mapping, replace(closing, question=whole or question), folder, ways)
-            cases[question.target, question.number] = case
+            tell(f"proving {closing.question.target}")
+            case, routes = _prove(mapping, closing, img_size, folder, ways)
+            cases[case.target, closing.question.number] = case
             seen.append((routes, None))
     if not targets:
         findings += [*lint_closings(mapping, seen), *_idle(mapping, answers)]
@@ -158,10 +154,11 @@ def _unsettled(answer: Answer) -> bool:
 def _cases(mapping: Mapping, answers: dict[Place, Answer]) -> Iterator[tuple[Place, Case]]:
     """What closes or does not, and the targets that no reference answers for."""
     answered = {target for (target, _), one in answers.items() if isinstance(one, Closing)}
+    unbuilt = {target for (target, _), one in answers.items() if isinstance(one, Unbuilt)}
     for (target, number), one in answers.items():
         if isinstance(one, Closing):
             yield (target, number), _case(mapping, one)
-        elif target not in answered:
+        elif target not in answered and (one or target not in unbuilt):
             reference = mapping.references[number]
             outcome = "not built" if one is None or one.installed else "not installed"
             detail = one.reason if one else "its checkpoint is not one that `when` speaks of"
@@ -185,28 +182,47 @@ def _worth_proving(closings: Sequence[Closing], everything: bool) -> list[Closin
     return closed if everything else list(smallest.values())
 
 
-def _prove(mapping: Mapping, closing: Closing, folder: Path, ways: dict[str, Any]) -> tuple[Case, tuple[Route, ...]]:
-    """The case with its verdict, and the routes of the checkpoint that was written."""
-    question, block, start = closing.question, closing.question.block, time.monotonic()
-    source, out = folder / f"source{SUFFIXES.get(block['runner'], '.pth')}", folder / "converted"
-    model = {key: block[key] for key in ("runner", "model")}
-    job = {"task": "write_weights", **model, "out": str(source), "prefix": closing.prefix, "training": True}
-    routes, verdict = closing.routes, None
-    try:
-        run_task({**job, "input": [BATCH, *question.size]}, **ways)
-        family, size = unaided(mapping), question.img_size
-        done = convert(source, out, family=family, img_size=size, overwrite=True, allow_deviation=True)
-        routes = route(mapping, done.checkpoint.specs)
-        verdict = verify(out, source, mutants=True, float32=False, **ways)
+def _prove(
+    mapping: Mapping, closing: Closing, img_size: int | None, folder: Path, ways: dict[str, Any]
+) -> tuple[Case, tuple[Route, ...]]:
+    """The case with its verdict, and the routes of the checkpoint that was written; small images are tried first."""
+    question, start = closing.question, time.monotonic()
+    at = mapping, question.target, question.number
+    routes, outcome, verdict, detail = closing.routes, "failed", None, ""
+    smaller = None if question.img_size or img_size else pose(*at, question.size[-1] // 2, rebuilt=True)
+    whole = question if img_size or not question.img_size else pose(*at, None)
+    for one in dict.fromkeys(filter(None, (smaller, question, whole))):
+        try:
+            routes, verdict = _compare(mapping, replace(closing, question=one), folder, ways)
+        except ConverterError as error:
+            outcome, verdict, detail = "failed", None, str(error)
+            continue
         exact = verdict.precision == "float64" and not verdict.deviation
         outcome = {"passed": "exact" if exact else "nearly"}.get(verdict.outcome, verdict.outcome)
         detail = str(verdict.mutants if outcome == "unproven" else verdict)
-    except ConverterError as error:
-        outcome, detail = "failed", str(error)
-    finally:
-        source.unlink(missing_ok=True)
+        if not one.rebuilt or outcome in ("exact", "nearly"):
+            break
     seconds = time.monotonic() - start
     return replace(_case(mapping, closing), outcome=outcome, detail=detail, seconds=seconds, verdict=verdict), routes
+
+
+def _compare(
+    mapping: Mapping, closing: Closing, folder: Path, ways: dict[str, Any]
+) -> tuple[tuple[Route, ...], Verdict]:
+    """A checkpoint of random weights, written, converted and verified. Raises ConverterError."""
+    question, block = closing.question, closing.question.block
+    source, out = folder / f"source{SUFFIXES.get(block['runner'], '.pth')}", folder / "converted"
+    model = {key: block[key] for key in ("runner", "model")}
+    job = {"task": "write_weights", **model, "out": str(source), "prefix": closing.prefix, "training": True}
+    try:
+        run_task({**job, "input": [BATCH, *question.size]}, **ways)
+        how: dict[str, Any] = {"family": unaided(mapping)}
+        if question.rebuilt:  # such shapes may be another target's
+            how = {"family": mapping.name, "target": question.target}
+        done = convert(source, out, **how, img_size=question.img_size, overwrite=True, allow_deviation=True)
+        return route(mapping, done.checkpoint.specs), verify(out, source, mutants=True, quick=True, **ways)
+    finally:
+        source.unlink(missing_ok=True)
 
 
 def _idle(mapping: Mapping, answers: dict[Place, Answer]) -> Iterator[Finding]:

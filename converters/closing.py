@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
@@ -35,6 +36,7 @@ class Question:
     size: tuple[int, ...]  # of the input: channels, height, width
     img_size: int | None  # what was asked for, if it was heeded
     parameters: int
+    rebuilt: bool = False  # for that size, where timm's own is another
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,28 @@ def ask(mapping: Mapping, targets: Sequence[str], img_size: int | None) -> Itera
                 yield question
 
 
-def pose(mapping: Mapping, target: str, number: int, img_size: int | None) -> Question | None:
+def pose(mapping: Mapping, target: str, number: int, img_size: int | None, *, rebuilt: bool = False) -> Question | None:
     """A target with one of the references; `img_size` is for models that take any size.
 
-    None where timm lacks the target or there is no such runner; the lint tells of it.
+    Those that are built for one are built for it where `rebuilt` says so, if both sides can be.
+
+    None where they cannot, where timm lacks the target, and where there is no such runner; the lint tells of it.
     """
     reference = mapping.references[number]
+    if reference.runner not in RUNNERS or (rebuilt and '"$img_size"' not in json.dumps(reference.model)):
+        return None
     try:
-        classes = {"num_classes": CLASSES} if traits_of(target).classifiers else {}
-        skeleton = build_skeleton(target, {**mapping.target_args, **reference.target_args, **classes})
+        args = {"num_classes": CLASSES} if traits_of(target).classifiers else {}
+        args |= {"img_size": img_size} if rebuilt else {}
+        skeleton = build_skeleton(target, {**mapping.target_args, **reference.target_args, **args})
     except TargetError:
         return None
-    if reference.runner not in RUNNERS:
-        return None
     config = skeleton.model.pretrained_cfg
-    asked = None if config.get("fixed_input_size") else img_size
+    asked = img_size if rebuilt or not config.get("fixed_input_size") else None
     size = [config["input_size"][0], asked, asked] if asked else list(config["input_size"])
     block = fill_reference(reference, mapping, skeleton, size)
     parameters = sum(spec.numel for spec in skeleton.specs.values())
-    return Question(target, number, block, tuple(size), asked, parameters)
+    return Question(target, number, block, tuple(size), asked, parameters, rebuilt)
 
 
 def build(questions: Sequence[Question], folder: Path, **ways: Any) -> dict[Question, Dict[str, TensorSpec] | Unbuilt]:

@@ -16,6 +16,7 @@ from converters.readers.files import is_url
 
 if TYPE_CHECKING:
     from converters.changes import Ways
+    from converters.detection import Nearest
     from converters.plan import Plan
     from converters.verifier.subject import Subject
 
@@ -41,6 +42,7 @@ class Inspection:
     checkpoint: Checkpoint
     plan: Plan | None  # if one closes
     reason: str = ""  # why none does
+    nearest: Nearest | None = None  # what it resembles, where none does
 
 
 def convert(
@@ -54,6 +56,8 @@ def convert(
     ema: bool | None = None,
     img_size: int | list[int] | None = None,
     ways: Ways | None = None,
+    features: bool = False,
+    license: str | None = None,
     dtype: str = "source",
     expect_sha256: str | None = None,
     dry_run: bool = False,
@@ -65,7 +69,8 @@ def convert(
 
     `family` (a name, or a file) and `target` (a timm model) are found where they are not given; `args` are
     timm's, on top of the mapping's own; `img_size` in pixels, or height and width. Other sizes than the source's
-    (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`. Without
+    (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`. `features`
+    gives the tensors the names of a `features_only=True` model. `license` is for the model card. Without
     `allow_deviation` a family that timm computes only nearly is refused. Raises ConverterError; then nothing is
     left at `directory`.
     """
@@ -75,9 +80,11 @@ def convert(
     from converters.description import describe, write_description
     from converters.detection import find_plan
     from converters.emitter import new_folder, write_tensors
+    from converters.features import only_features
 
     plan = find_plan(checkpoint, family=family, target=target, args=args, img_size=img_size, ways=ways)
-    record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema)
+    plan = only_features(plan) if features else plan
+    record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema, license=license)
     if digest and expect_sha256 and expect_sha256.lower() != digest.result():
         raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=checkpoint.path)
     if dry_run or digest is None:
@@ -146,9 +153,11 @@ def inspect(source: str | os.PathLike[str], *, key: str | None = None, ema: bool
     Raises CheckpointError when it cannot be read.
     """
     checkpoint = open_checkpoint(source, key=key, ema=ema)
-    from converters.detection import find_plan
+    from converters.detection import find_nearest, find_plan
 
     try:
         return Inspection(checkpoint, find_plan(checkpoint))
-    except (PlanError, NotExpressible) as error:
+    except NotExpressible as error:
         return Inspection(checkpoint, None, str(error))
+    except PlanError as error:
+        return Inspection(checkpoint, None, str(error), find_nearest(checkpoint))

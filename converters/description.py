@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from converters.card import write_card
 from converters.detection import reference_of
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings
 from converters.names import split
+from converters.ops import Pipeline
 from converters.plan import Plan, route
 from converters.readers import Checkpoint
 from converters.schema import ReferenceFile
 from converters.target import Skeleton
-from converters.verifier.taps import pair_modules
+from converters.tensors import to_torch
+from converters.verifier.taps import Pair, pair_modules
 
 __all__ = ["describe", "fill_reference", "write_description"]
 
@@ -34,10 +36,11 @@ def describe(
     img_size: int | list[int] | None = None,
     key: str | None = None,
     ema: bool | None = None,
+    license: str | None = None,
 ) -> dict[str, Any]:
     """The content of conversion.json: where everything comes from. No time, host or path, so that runs agree.
 
-    `key` and `ema` are what the checkpoint was opened with.
+    `key` and `ema` are what the checkpoint was opened with; `license` is the user's word for the weights'.
     """
     mapping, skeleton = plan.mapping, plan.skeleton
     return {
@@ -58,7 +61,9 @@ def describe(
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
         "input_size": _input_size(plan.skeleton, img_size),
-        "preprocess": mapping.preprocess,
+        "preprocess": _constants(plan, checkpoint),
+        "license": license,
+        "label_names": _label_names(plan, checkpoint.metadata),
         "reference": _reference(plan, checkpoint, img_size),
         "changes": [asdict(change) for change in plan.changes],
         "caveats": [*plan.caveats, *checkpoint.notes],
@@ -74,7 +79,7 @@ def describe(
             }
             for step in sorted(plan.steps, key=lambda step: step.target.name)
         },
-        "modules": {pair.target: pair.to_json() for pair in pair_modules(plan, checkpoint.specs)},
+        "modules": {pair.target: pair.to_json() for pair in _pairs(plan, checkpoint)},
         "drops": {name: drop.reason for name, drop in sorted(plan.drops.items())},
         "set_aside": dict(sorted(checkpoint.set_aside.items())),
         "versions": {name: version(name) for name in ("timmport", "timm", "torch", "safetensors")},
@@ -85,7 +90,7 @@ def write_description(plan: Plan, record: Mapping[str, Any], folder: Path) -> No
     """config.json, conversion.json and README.md in `folder`."""
     _write_json(folder / "conversion.json", record)
     _write_config(plan, record, folder / "config.json")
-    (folder / "README.md").write_text(_card(record), "utf-8")
+    write_card(folder, record)
 
 
 def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
@@ -94,7 +99,7 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
 
     model = plan.skeleton.model
     channels, height, width = record["input_size"]
-    preprocess = dict(plan.mapping.preprocess)
+    preprocess = dict(record["preprocess"])
     for key in ("mean", "std"):
         values = list(preprocess.get(key, model.pretrained_cfg[key]))
         if channels == 1:
@@ -109,7 +114,59 @@ def _write_config(plan: Plan, record: Mapping[str, Any], path: Path) -> None:
     config = json.loads(path.read_text("utf-8"))
     for key in _SOMEBODY_ELSES:
         config["pretrained_cfg"].pop(key, None)
+    if record["license"]:
+        config["pretrained_cfg"]["license"] = record["license"]
+    if record["label_names"]:
+        config["label_names"] = record["label_names"]
     _write_json(path, config)
+
+
+def _pairs(plan: Plan, checkpoint: Checkpoint) -> list[Pair]:
+    """The modules whose outputs must agree; none where features were changed on request."""
+    return [] if any(change.inside for change in plan.changes) else list(pair_modules(plan, checkpoint.specs))
+
+
+def _constants(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The preprocessing, with the values of those constants that the source keeps as tensors."""
+    found = {}
+    for key, value in plan.preprocess.items():
+        found[key] = _constant(value, plan, checkpoint) if isinstance(value, dict) else value
+    return found
+
+
+def _constant(value: dict[str, Any], plan: Plan, checkpoint: Checkpoint) -> Any:
+    wanted = split(value["source"])
+    name = next((name for name in checkpoint.tensors if plan.mapping.stripped(name) == wanted), None)
+    if name is None:
+        return value["default"]
+    tensor = checkpoint.tensors[name]
+    own = to_torch(tensor.read(), tensor.spec).double().flatten()
+    unless = value.get("unless")
+    if unless and len(unless) == len(own) and (own - own.new_tensor(unless)).abs().max() < 1e-6:
+        return unless
+    (result,) = Pipeline.parse(value.get("ops", "")).run([own])
+    return [round(one, 6) for one in result.tolist()]
+
+
+def _label_names(plan: Plan, metadata: Mapping[str, Any]) -> list[str] | None:
+    """The names of the classes, where the file has as many as its model has classes."""
+    names = _first_names(metadata, (plan.unchanged or plan.skeleton).model.num_classes)
+    kept = next((change.classes for change in plan.changes if change.classes), None)
+    if names is None or (kept is None and any(not change.inside for change in plan.changes)):
+        return None
+    return names if kept is None else [names[index] for index in kept]
+
+
+def _first_names(value: Any, count: int, depth: int = 0) -> list[str] | None:
+    """`classes`, `CLASSES`, `label_names` or `id2label`, wherever it stands."""
+    if not isinstance(value, Mapping) or depth > 4 or not count:
+        return None
+    for key in ("classes", "CLASSES", "label_names", "id2label"):
+        names = value.get(key)
+        names = list(names.values()) if isinstance(names, Mapping) else names
+        if isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(name, str) for name in names):
+            return list(names)
+    return next((found for inner in value.values() if (found := _first_names(inner, count, depth + 1))), None)
 
 
 def _input_size(skeleton: Skeleton, img_size: int | list[int] | None) -> list[int]:
@@ -130,6 +187,8 @@ def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | list[int] | N
     block = fill_reference(reference, plan.mapping, own, _input_size(own, img_size))
     if plan.changes:
         block["outputs"] = {name: theirs for name, theirs in block["outputs"].items() if name != "logits"}
+    if plan.bgr:
+        block["input"] = "flip 1"
     return block if block["outputs"] else None
 
 
@@ -186,41 +245,6 @@ def _unknown(template: Any, values: Mapping[str, Any]) -> bool:
     if isinstance(template, list):
         return any(_unknown(part, values) for part in template)
     return isinstance(template, str) and template.startswith("$") and template[1:] not in values
-
-
-def _card(record: Mapping[str, Any]) -> str:
-    source, target = record["source"], record["target"]
-    args = ", ".join(f"{key}={value!r}" for key, value in target["args"].items()) or "timm's defaults"
-    sources = sum("from" in tensor for tensor in record["tensors"].values())
-    changes = [f"Changed on request: {change['text']}." for change in record["changes"]]
-    caveats = "".join(f"\n> {caveat}\n" for caveat in (*changes, *record["caveats"]))
-    return f"""---
-library_name: timm
-tags:
-- image-classification
-- timm
----
-# {_plain(target["architecture"])} from {_plain(source["name"])}
-
-Converted by timmport {record["versions"]["timmport"]} from a {source["format"]} checkpoint of the family
-`{record["family"]}`. Every tensor's origin is in `conversion.json`.
-{caveats}
-| | |
-|---|---|
-| architecture | `{target["architecture"]}` ({args}) |
-| source | `{_plain(source["name"])}`, SHA-256 `{source["sha256"]}` |
-| tensors | {len(record["tensors"])}, {sources} of them from sources; {len(record["drops"])} sources dropped |
-
-```python
-import timm
-model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True)
-```
-"""
-
-
-def _plain(text: str) -> str:
-    """Text without what Markdown or HTML would read as markup."""
-    return re.sub(r"[^\w.\- ]", "_", text)
 
 
 def _write_json(path: Path, data: Any) -> None:

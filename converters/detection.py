@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from converters.changes import SIZES, Ways, change, own_sizes, takes, trained_windows
@@ -20,13 +20,15 @@ from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import prefixes, split
 from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
+from converters.preprocessing import read_preprocessing, take_bgr
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.signature import read_signature
 from converters.target import build_skeleton, is_known, traits_of
 
-__all__ = ["applying_families", "find_plan", "name_digest", "reference_of"]
+__all__ = ["Nearest", "applying_families", "find_nearest", "find_plan", "name_digest", "reference_of"]
 
+_ALIKE = 8  # families that are looked at for the nearest
 _OPTIONAL = ("head", "fc.", "fc_norm.", "classifier", "last_linear", "norm.")
 
 
@@ -95,6 +97,47 @@ def find_plan(
     )
 
 
+@dataclass(frozen=True)
+class Nearest:
+    """The family and target that come nearest to a checkpoint that is of none."""
+
+    family: str
+    target: str
+    problems: int  # that keep the plan from closing
+
+
+def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
+    """The family and target whose plan has the fewest problems; None where no family has a row for any tensor."""
+    found: list[Nearest] = []
+    asked = _Asked({}, None, Ways())
+    applying = [mapping for mapping in applying_families(checkpoint) if not mapping.any_target]
+    for mapping in applying or _alike(checkpoint):
+        routes = route(mapping, checkpoint.specs)
+        for architecture in _candidates(mapping, checkpoint, routes, None):
+            try:
+                plan = _plan_for(mapping, checkpoint, routes, architecture, asked, True)
+            except TargetError:
+                continue
+            if not isinstance(plan, Plan):
+                found.append(Nearest(mapping.name, architecture, len(plan)))
+    return min(found, key=lambda one: one.problems, default=None)
+
+
+def _alike(checkpoint: Checkpoint) -> list[Family]:
+    """The family that has rows for most of the tensors, among those of which a name is there, or else among all."""
+    shares: list[tuple[float, str]] = []
+    for name, path in find_mappings().items():
+        signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
+        parts = [replace(signature, detect=(patterns,)) for patterns in signature.detect]
+        shares.append((sum(part.applies(checkpoint.tensors) for part in parts) / max(len(parts), 1), name))
+    ranked = (load_mapping(name) for share, name in sorted(shares, reverse=True) if share)
+    families = list(islice((mapping for mapping in ranked if not mapping.any_target), _ALIKE))
+    families = families or [mapping for mapping in map(load_mapping, find_mappings()) if not mapping.any_target]
+    routes = [route(mapping, checkpoint.specs) for mapping in families]
+    rows = [sum(bool(item.match and item.match.rank[1]) for item in items) for items in routes]  # some match anything
+    return [families[rows.index(max(rows))]] if any(rows) else []
+
+
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
     """The families whose `detect` names the checkpoint has, those for a few targets before those for any."""
     found = []
@@ -145,18 +188,28 @@ def _plan_for(
         sizes.setdefault("img_size", asked.img_size)
     if exactly and not asked.ways.classes and not trained_windows(build_skeleton(architecture, given), sizes):
         plan = make_plan(mapping, routes, build_skeleton(architecture, given | sizes))
-        if isinstance(plan, Plan) or not sizes:
+        if isinstance(plan, Plan):
+            return _with_preprocessing(plan, checkpoint, asked)
+        if not sizes:
             return plan
     for _ in range(3):  # with other patches the grid is another one, and it may have another size
         skeleton = build_skeleton(architecture, given)
         plan = make_plan(mapping, routes, skeleton)
         if isinstance(plan, Plan):
+            plan = _with_preprocessing(plan, checkpoint, asked)
             return change(plan, sizes, asked.ways) if sizes or asked.ways.classes else plan
         more = {} if exactly else own_sizes(skeleton, plan)
         if not more:
             break
         given |= more
     return plan
+
+
+def _with_preprocessing(plan: Plan, checkpoint: Checkpoint, asked: _Asked) -> Plan:
+    """The plan with what the file says of its model's input, or the user."""
+    found = read_preprocessing(checkpoint.metadata)
+    plan = replace(plan, preprocess={**plan.mapping.preprocess, **found.values})
+    return take_bgr(plan) if (found.bgr if asked.ways.bgr is None else asked.ways.bgr) else plan
 
 
 def _candidates(

@@ -232,7 +232,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
             for text, value in file.fill.items()
         ),
         enumerate=numbered,
-        preprocess=file.preprocess,
+        preprocess=file.model_dump(include={"preprocess"})["preprocess"],
         references=tuple(references),
         refuse=tuple(file.refuse),
         taps=tuple(rule("taps", left, [right], {}) for left, right in file.taps.items()),

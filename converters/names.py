@@ -244,12 +244,12 @@ def fold(names: Iterable[str]) -> list[tuple[str, int]]:
     >>> fold(["b.0.fc.weight", "b.0.fc.bias", "b.1.fc.weight", "b.1.fc.bias", "norm.bias"])
     [('b.{0..1}.fc.{weight,bias}', 4), ('norm.bias', 1)]
     """
-    by_leaf: dict[tuple[str, ...], tuple[list[list[int]], int]] = {}
+    by_leaf: dict[tuple[str, ...], tuple[list[list[str]], int]] = {}
     for name in names:
         parts = re.split(r"([0-9]{1,9})", name)
         ranges, count = by_leaf.setdefault(tuple(parts[::2]), ([[] for _ in parts[1::2]], 0))
         for numbers, number in zip(ranges, parts[1::2], strict=True):
-            numbers.append(int(number))
+            numbers.append(number)
         by_leaf[tuple(parts[::2])] = ranges, count + 1
     by_module: dict[tuple[str, str], int] = {}
     for literals, (ranges, count) in by_leaf.items():
@@ -267,9 +267,14 @@ def fold(names: Iterable[str]) -> list[tuple[str, int]]:
     ]
 
 
-def _range(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{{{low}..{high}}}"
+def _range(numbers: list[str]) -> str:
+    """The least and the greatest, as they are spelled.
+
+    >>> _range(["2", "1", "10"]), _range(["08", "12"]), _range(["00"])
+    ('{1..10}', '{08..12}', '00')
+    """
+    low, high = min(numbers, key=int), max(numbers, key=int)
+    return low if int(low) == int(high) else f"{{{low}..{high}}}"
 
 
 def _segments_of(text: str) -> list[str]:

@@ -47,6 +47,7 @@ class Change:
 
     text: str  # the op and its tensors, folded
     inside: bool  # whether features change too, and not only a classifier
+    classes: tuple[int, ...] = ()  # which of the source's classes are kept, in this order
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Plan:
     caveats: tuple[str, ...] = ()  # what the file cannot rule out; to be shown
     unchanged: Skeleton | None = None  # the source's own, where changes were asked for
     changes: tuple[Change, ...] = ()
+    preprocess: dict[str, Any] = field(default_factory=dict)  # the mapping's, and over it what the file says
+    bgr: bool = False  # whether the first convolution was turned, since the source takes BGR images
 
     @property
     def origins(self) -> dict[int, list[Step]]:

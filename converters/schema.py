@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from converters.strict_yaml import Lines
 
 __all__ = [
+    "ConstantFile",
     "Deviation",
     "DropFile",
     "Evidence",
@@ -98,6 +99,15 @@ class Deviation(_Strict):
     reason: Annotated[str, _SOME]
 
 
+class ConstantFile(_Strict):
+    """A constant of the preprocessing that the source keeps as a tensor."""
+
+    source: str
+    default: list[float]  # where there is no such tensor
+    ops: str = ""
+    unless: list[float] = []  # with these values no ops are run
+
+
 class MappingFile(_Strict):
     """The schema of a mapping file."""
 
@@ -112,7 +122,7 @@ class MappingFile(_Strict):
     fill: dict[str, int | float | FillFile] = {}
     enumerate: dict[str, str] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
-    preprocess: dict[str, Any] = {}
+    preprocess: dict[str, ConstantFile | list[float] | Plain] = {}
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
     taps: dict[str, str] = {}  # source module: whose output timm's has, and ops that lay timm's out as the source's

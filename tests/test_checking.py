@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def test_a_good_mapping(mapping) -> None:
     (case,) = document["cases"]
     assert case["worst_error"] == 0 and case["smallest_margin"] > 1e3 and case["line"] == 6
     probes = {one["probe"] for one in case["verification"]["comparisons"]}
-    assert probes == {"normal", "ramp", "picture", "odd"}  # test_resnet takes any size
+    assert probes == {"mixed", "odd"}  # test_resnet takes any size
 
 
 def test_a_mapping_that_closes_and_is_wrong(mapping) -> None:
@@ -65,7 +66,7 @@ def test_a_mapping_that_closes_and_is_wrong(mapping) -> None:
     document = check(mapping(HEAD + rows + REFERENCE), "--img-size", 64, code=3)
     assert outcomes(document) == [("test_resnet", "timm", "failed")]
     (case,) = document["cases"]
-    assert case["detail"].startswith("not the same function: logits on normal: error ")
+    assert case["detail"].startswith("not the same function: logits on mixed: error ")
     assert "layer3.0" in case["detail"] and case["verification"]["mutants"] is None
 
 
@@ -100,6 +101,33 @@ def test_an_interpreter_without_the_framework(mapping, tmp_path) -> None:
     python.chmod(0o755)
     done = CliRunner().invoke(app, ["check", mapping(HEAD + REFERENCE), "--python", str(python)])
     assert done.exit_code == 1 and "the timm reference exited with code 1" in str(done.exception)
+
+
+ABSENT = f"""#!{sys.executable}
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mmdet":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_framework_that_is_not_installed(mapping, tmp_path) -> None:
+    """The mapping is not at fault, but nothing is shown either; the other references are asked."""
+    (tmp_path / "python").write_text(ABSENT)
+    (tmp_path / "python").chmod(0o755)
+    absent = "  - {runner: mmdet, model: {type: ResNet}, outputs: {features.1: '0'}}\n"
+    one = mapping(HEAD + "reference:\n" + absent)
+    document = check(one, "--python", tmp_path / "python", code=1)
+    assert outcomes(document) == [("test_resnet", "mmdet", "not installed")]
+    assert document["cases"][0]["detail"].endswith("has no module 'mmdet'")
+    assert [finding["severity"] for finding in document["findings"]] == ["warning"] * 3
+    present = REFERENCE.replace("reference:\n ", "  -").replace("\n  ", "\n    ")
+    document = check(mapping(HEAD + "reference:\n" + present + absent), "--python", tmp_path / "python", "--no-parity")
+    assert outcomes(document) == [("test_resnet", "timm", "closes")]
 
 
 def test_the_table(mapping) -> None:

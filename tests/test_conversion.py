@@ -80,4 +80,4 @@ def test_an_inspection_says_what_the_file_is_even_when_no_plan_closes(source: Pa
     assert inspection.checkpoint.wrappers == ("state_dict", "module.")
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "unknown.pth")
     inspection = inspect(tmp_path / "unknown.pth")
-    assert inspection.plan is None and "known" in inspection.reason
+    assert inspection.plan is None and "known" in inspection.reason and inspection.nearest is None

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from converters.detection import applying_families, find_plan, name_digest, reference_of
+from converters.detection import Nearest, applying_families, find_nearest, find_plan, name_digest, reference_of
 from converters.errors import MappingError, NotExpressible, PlanError, TargetError
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.plan import route
@@ -70,6 +71,21 @@ def test_a_timm_checkpoint_may_name_its_model(timm_source, metadata):
     plan = find_plan(timm_source("resnet18", metadata))
     assert plan.mapping.name == "timm/native"
     assert plan.skeleton.architecture == metadata.get("arch", metadata.get("architecture"))
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "problems"),
+    [
+        ((".stages.1.blocks.0.attn.", ".stages.1.blocks.0.attention."), "swin_tiny_patch4_window7_224", 10),
+        ((".attn.w_msa.qkv.", ".attn.w_msa.kqv."), "swin_tiny_patch4_window7_224", 48),  # by which it is detected
+    ],
+)
+def test_the_nearest_family_is_named(source, change, target, problems):
+    checkpoint = source("mmlab/swin", "an MMDetection backbone")
+    tensors = {name.replace(*change): tensor for name, tensor in checkpoint.tensors.items()}
+    renamed = made_of({name: replace(tensor.spec, name=name) for name, tensor in tensors.items()})
+    assert find_nearest(renamed) == Nearest("mmlab/swin", target, problems)
+    assert find_nearest(made_of({"gamma": TensorSpec("gamma", (3,), "float32")})) is None
 
 
 @pytest.mark.parametrize("arch", ["my_model", 18, ["resnet18"], ""])

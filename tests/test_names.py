@@ -229,6 +229,7 @@ def test_fold():
         ("fc0", 1),
     ]
     assert fold(["a/b1/kernel", "a/b1/bias", "a/b2/kernel", "a/b2/bias"]) == [("a/b{1..2}/{kernel,bias}", 4)]
+    assert fold(["stages.1.00.weight", "unit01/a", "unit12/a"]) == [("stages.1.00.weight", 1), ("unit{01..12}/a", 2)]
     assert fold([]) == []
 
 

@@ -13,7 +13,17 @@ from timm.layers.pos_embed_rel import (
 from timm.models._manipulate import adapt_input_conv
 from torch.nn.functional import interpolate
 
-from converters.normalizers import channels, offsets, patches, position_map, positions, rows, table, zeros
+from converters.normalizers import (
+    channels,
+    offsets,
+    patches,
+    position_map,
+    positions,
+    reverse_channels,
+    rows,
+    table,
+    zeros,
+)
 from converters.ops import Op
 
 
@@ -109,6 +119,14 @@ def test_an_alpha_channel_has_no_weight():
     source = drawn(6, 3, 2, 2)
     (found,) = channels(3, 4, alpha=True).run([source], 1)
     assert torch.equal(found[:, :3], source) and not found[:, 3:].any() and found.shape[1] == 4
+
+
+def test_bgr_images():
+    source = drawn(6, 6, 2, 2)
+    op = reverse_channels(3)
+    (found,) = op.run([source], 1)
+    assert torch.equal(found, source[:, [2, 1, 0, 5, 4, 3]])
+    assert torch.equal(op.invert([source.shape]).run([found], 1)[0], source)
 
 
 def test_classes():

@@ -116,6 +116,7 @@ def test_sum_does_not_round_and_cannot_be_undone():
         ("sub", [[2.0**24 + 2, 5.0], [1.0, 2.0], [1.0, 3.0]], [2.0**24, 0.0]),
         ("sub", [[2.0]], [2.0]),
         ("sub | scale 0.1 | add 1", [[2.0**24 + 2, 5.0], [1.0, 2.0]], [(2.0**24 + 1) * 0.1 + 1, 3 * 0.1 + 1]),
+        ("sqrt", [[4.0, 0.0]], [2.0, 0.0]),
     ],
 )
 def test_ops_that_calculate_leave_float64(text, given, wanted):
@@ -145,7 +146,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, sum, sub, add, scale, std_eps, einops patterns, ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, sqrt, sub, sum, add, scale, std_eps, einops patterns, ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),

@@ -21,12 +21,12 @@ MODULES = {
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("errors", "tensors"),
-    ("names", "ops", "strict_yaml"),
+    ("card", "names", "ops", "strict_yaml"),
     ("normalizers",),
     ("schema", "signature", "target", "readers"),
     ("mapping",),
     ("plan",),
-    ("changes", "diagnosis", "emitter", "lint", "verifier"),
+    ("changes", "features", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
     ("detection",),
     ("description",),
     ("closing", "conversion", "differences"),

@@ -10,7 +10,6 @@ of each of the family's references, or what SOURCES has for it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -24,9 +23,9 @@ from typing import Any
 from converters.closing import Unbuilt, ask, build, close
 from converters.detection import find_plan
 from converters.mapping import find_mappings, load_mapping
-from converters.names import fold
 from converters.plan import Plan
 from converters.readers import Checkpoint, open_checkpoint
+from converters.reports.plans import plan_text
 from converters.tensors import LazyTensor, TensorSpec
 
 ROOT = Path(__file__).parents[1]
@@ -39,36 +38,6 @@ def plans_of(path: Path) -> Iterator[tuple[str, Plan]]:
     for title, source in json.loads(path.read_text("utf-8")).items():
         tensors = {name: _unread(name, *given) for name, given in source["tensors"].items()}
         yield title, find_plan(Checkpoint(Path(title), "specs", tensors, metadata=source["metadata"]))
-
-
-def plan_text(plan: Plan) -> str:
-    """A plan, folded: what comes from where, by which ops; drops, fills and caveats; a digest of every line."""
-    lines = [
-        f"{step.target.name} <- {' + '.join(step.origin.sources)} | {step.origin.ops.text} [{step.part}]"
-        if step.origin.fill is None
-        else f"{step.target.name} <- {step.origin.fill}"
-        for step in plan.steps
-    ]
-    lines += [f"{name}: {drop.reason}" for name, drop in plan.drops.items()]
-    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for step in plan.steps:
-        origin = step.origin
-        names = (step.target.name, *(origin.sources or [str(origin.fill)]))
-        kind = tuple(re.sub(r"[0-9]+", "#", re.sub(r"[./][^./]*$", "", name)) for name in names)
-        groups.setdefault((*kind, origin.ops.text), []).append(names)
-    folded = []
-    for key, members in groups.items():
-        target, *sources = (" ".join(text for text, _ in fold(names)) for names in zip(*members, strict=True))
-        ops = f" | {key[-1]}" if key[-1] else ""
-        folded.append(f"  {target} <- {' + '.join(sources)}{ops}  ({len(members)})")
-    for reason in dict.fromkeys(drop.reason for drop in plan.drops.values()):
-        names = fold(name for name, drop in plan.drops.items() if drop.reason == reason)
-        folded += [f"  drop {text}: {reason}  ({count})" for text, count in names]
-    folded += [f"  caveat: {caveat}" for caveat in plan.caveats]
-    args = "".join(f", {key}={value}" for key, value in sorted(plan.skeleton.args.items()))
-    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
-    head = f"{plan.mapping.name} -> {plan.skeleton.architecture}{args}"
-    return "\n".join([head, *sorted(folded), f"  {len(lines)} lines, digest {digest}"]) + "\n"
 
 
 def _unread(name: str, shape: list[int], dtype: str = "float32") -> LazyTensor:

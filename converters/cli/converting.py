@@ -49,6 +49,13 @@ def convert(
         str | None, typer.Option(metavar="N|rgba", help="Input channels, as timm adapts them; rgba ignores alpha.")
     ] = None,
     resample: Annotated[str, typer.Option(help="How sizes are changed: timm, bicubic or bilinear.")] = "timm",
+    bgr: Annotated[
+        bool | None, typer.Option("--bgr/--rgb", help="Which images the source takes; else what the file says.")
+    ] = None,
+    purpose: Annotated[
+        str, typer.Option("--for", metavar="model|features", help="features: the names of a features_only model.")
+    ] = "model",
+    license: Annotated[str | None, typer.Option(metavar="ID", help="For the model card: apache-2.0, ...")] = None,
     dtype: Annotated[str, typer.Option(help="source, float32, float16 or bfloat16.")] = "source",
     expect_sha256: Annotated[str | None, typer.Option(metavar="HEX", help="Refuse any other content.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no tensor data.")] = False,
@@ -66,6 +73,8 @@ def convert(
         raise typer.BadParameter("say where to with -o DIR, or use --dry-run")
     if dtype not in ("source", "float32", "float16", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype} is none of source, float32, float16, bfloat16")
+    if purpose not in ("model", "features"):
+        raise typer.BadParameter(f"--for {purpose} is none of model, features")
     from converters.changes import Ways
 
     args = dict(map(argument, arg or []))
@@ -73,7 +82,7 @@ def convert(
         args["num_classes"] = num_classes
     if in_chans is not None:
         args["in_chans"] = channels(in_chans)
-    ways = Ways(resample, class_list(classes) if classes else None, alpha=in_chans == "rgba")
+    ways = Ways(resample, class_list(classes) if classes else None, alpha=in_chans == "rgba", bgr=bgr)
     with progress_bar("converting") as progress:
         conversion = convert_checkpoint(
             ckpt,
@@ -85,6 +94,8 @@ def convert(
             ema=ema,
             img_size=pixels(img_size) if img_size else None,
             ways=ways,
+            features=purpose == "features",
+            license=license,
             dtype=dtype,
             expect_sha256=expect_sha256,
             dry_run=dry_run,

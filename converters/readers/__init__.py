@@ -125,7 +125,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None, ema
 
 def _locate(source: str | os.PathLike[str]) -> Path:
     """The path, or what is one to readers."""
-    if hasattr(source, "source_file"):
+    if hasattr(type(source), "source_file"):
         return cast(Path, source)
     if is_url(source):
         from converters.readers.remote import open_remote

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import mmap
 import os
 import stat
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import CheckpointError, DamagedCheckpoint
+from converters.readers.memory import Memory
 
 __all__ = ["SourceFile", "Window", "is_url", "refuse_neighbour"]
 
 CHUNK = 8 << 20
-HUGE = 4 << 20
+PIECE = 2 << 20  # a second core can begin on one while the next is read
+
+Seen = Callable[[memoryview], object]
 
 
 class SourceFile:
@@ -27,10 +30,13 @@ class SourceFile:
     would block or never end). A path of another kind (`RemotePath`) says in `source_file` which subclass reads it.
     """
 
+    _memory: Memory
     is_remote = False  # whether a read may take a request to a server
 
     def __new__(cls, path: str | os.PathLike[str]) -> SourceFile:
-        return object.__new__(getattr(path, "source_file", cls))
+        file = object.__new__(getattr(path, "source_file", cls))
+        file._memory = Memory()
+        return file
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if "://" in os.fspath(path):
@@ -47,8 +53,11 @@ class SourceFile:
         self.size = self._stat.st_size
         self._crcs: dict[int, tuple[int, int, str]] = {}  # offset: bytes, CRC-32, tensor
 
-    def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
-        """Exactly `nbytes` bytes from `offset` in fresh, writable memory; DamagedCheckpoint if the file is shorter."""
+    def read(self, offset: int, nbytes: int, tensor: str | None = None, seen: Seen | None = None) -> memoryview:
+        """Exactly `nbytes` bytes from `offset` in writable memory of their own; `seen` is told each piece that is in.
+
+        Raises DamagedCheckpoint if the file is shorter.
+        """
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise DamagedCheckpoint(
                 f"bytes {offset} to {offset + nbytes} lie outside its {self.size}",
@@ -56,14 +65,16 @@ class SourceFile:
                 tensor=tensor,
                 cure="is the download complete?",
             )
-        buffer, done = _fresh(nbytes), 0
+        buffer, done = self._memory.take(nbytes), 0
         while done < nbytes:
             try:
-                count = self._read_into(buffer[done:], offset + done)
+                count = self._read_into(buffer[done : done + PIECE] if seen else buffer[done:], offset + done)
             except OSError as error:
                 raise CheckpointError(_why(error), file=self.path, tensor=tensor) from error
             if count == 0:
                 raise CheckpointError("became shorter while it was read", file=self.path, tensor=tensor)
+            if seen:
+                seen(buffer[done : done + count])
             done += count
         return buffer
 
@@ -148,12 +159,12 @@ class Window:
     def is_remote(self) -> bool:
         return self.file.is_remote
 
-    def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
-        """Exactly `nbytes` bytes from `offset` in fresh, writable memory; DamagedCheckpoint beyond the end."""
+    def read(self, offset: int, nbytes: int, tensor: str | None = None, seen: Seen | None = None) -> memoryview:
+        """As `SourceFile.read`, from this stretch."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             problem = f"bytes {offset} to {offset + nbytes} of its part at {self.start} lie outside {self.size}"
             raise DamagedCheckpoint(problem, file=self.path, tensor=tensor)
-        return self.file.read(self.start + offset, nbytes, tensor)
+        return self.file.read(self.start + offset, nbytes, tensor, seen)
 
     def copy(self, offset: int, nbytes: int, tensor: str, file: int, at: int) -> None:
         """As `SourceFile.copy`, from this stretch."""
@@ -177,15 +188,6 @@ def refuse_neighbour(url: str | os.PathLike[str]) -> CheckpointError:
     """Of a remote source only the file that the user named is opened."""
     problem = "lies beside the one file that was named, and is not opened"
     return CheckpointError(problem, file=url, cure="fetch the folder and give its path")
-
-
-def _fresh(nbytes: int) -> memoryview:
-    """Writable memory; a large piece in huge pages, since faulting in small ones takes longer than the read."""
-    if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return memoryview(bytearray(nbytes))
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
 
 
 def _why(error: OSError) -> str:

@@ -1,31 +1,40 @@
 """Hugging Face folders: weights in one file, or in shards that an index names, and `config.json` beside them.
 
 The path of the folder or of the index is given. An index is JSON: `weight_map` says for every tensor which shard
-holds it, `metadata.total_size` how many bytes all take. Shards are safetensors files, or torch.save's; then weights
-that share memory may be counted once.
+holds it, beside the index or below, `metadata.total_size` how many bytes all take. Weights are a safetensors file's,
+or torch.save's (in whose shards those that share memory may be counted once), and of older folders Flax's or Keras's.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
-from converters.readers import Contents, safetensors
+from converters.readers import Contents
 from converters.readers.files import SourceFile
 from converters.readers.folders import find_beside
 from converters.readers.strict_json import parse_json
-from converters.readers.torch import legacy, zip_file
 from converters.tensors import LazyTensor
 
 __all__ = ["FORMAT", "accepts", "read"]
 
 FORMAT = "Hugging Face folder"
 INDEX = ".index.json"
-STEMS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+STEMS = (
+    *("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin"),
+    *("flax_model.msgpack", "tf_model.h5"),
+)
 WEIGHTS = tuple(f"{stem}{suffix}" for stem in STEMS for suffix in ("", INDEX))  # the first that is there, as there
+KINDS = {  # ending: what such a file is, who reads it
+    ".safetensors": ("safetensors", ("safetensors",)),
+    ".msgpack": ("Flax msgpack", ("jax.flax",)),
+    ".h5": ("Keras", ("keras.checkpoint",)),
+}
+TORCH = "torch.save", ("torch.zip_file", "torch.legacy")  # of any other ending
 MAX_INDEX, MAX_CONFIG = 100_000_000, 1_000_000  # bytes
 
 
@@ -45,7 +54,7 @@ def read(path: Path) -> Contents:
             raise CheckpointError(f"holds several files of weights: {names}", file=path, cure="name one of them")
         find_beside(weights, weights.name)
     is_index = weights == path or weights.name.endswith(INDEX)
-    contents = _read_shards(weights) if is_index else _reader_of(weights, "safetensors" in weights.name).read(weights)
+    contents = _read_shards(weights) if is_index else _reader_of(weights, weights.suffix).read(weights)
     if not weights.with_name("config.json").is_file():
         return contents
     config_file = SourceFile(find_beside(weights, "config.json"))
@@ -70,15 +79,15 @@ def _read_json(file: SourceFile, limit: int) -> dict[str, Any]:
     return parse_json(bytes(file.read(0, file.size)), file.path, "it")
 
 
-def _reader_of(path: Path, is_safetensors: bool) -> ModuleType:
+def _reader_of(path: Path, ending: str) -> ModuleType:
     """The module that reads a file of weights, which must be of the kind that its name or index says."""
     file = SourceFile(path)
     head = bytes(file.read(0, min(4096, file.size)))
-    for reader in (safetensors,) if is_safetensors else (zip_file, legacy):
+    kind, names = KINDS.get(ending, TORCH)
+    for reader in (import_module(f"converters.readers.{name}") for name in names):
         if reader.accepts(path, head):
             return reader
-    kind = "a safetensors" if is_safetensors else "a torch.save"
-    raise CheckpointError(f"is not {kind} file, which it should be", file=path, cure="fetch it again")
+    raise CheckpointError(f"is not a {kind} file, which it should be", file=path, cure="fetch it again")
 
 
 def _read_shards(path: Path) -> Contents:
@@ -91,16 +100,19 @@ def _read_shards(path: Path) -> Contents:
     if stray := next((name for name in weight_map.values() if not isinstance(name, str)), None):
         raise DamagedCheckpoint(f"its weight_map holds {printable(str(stray), 40)}", file=path)
     shards = sorted(set(weight_map.values()))
-    is_safetensors = shards[0].endswith(".safetensors") or f".safetensors{INDEX}" in path.name
-    if stray := next((name for name in shards if is_safetensors and not name.endswith(".safetensors")), None):
-        raise UnsafeCheckpoint(f"needs {printable(stray, 80)}, which is no safetensors file, as others are", file=path)
+    ending = next((one for one in KINDS if f"{one}{INDEX}" in path.name or shards[0].endswith(one)), "")
+    if ending == ".h5":
+        raise CheckpointError("is of TensorFlow's shards, which are not read", file=path, cure="save as safetensors")
+    if stray := next((name for name in shards if not name.endswith(ending)), None):
+        problem = f"needs {printable(stray, 80)}, which is no {KINDS[ending][0]} file, as others are"
+        raise UnsafeCheckpoint(problem, file=path)
     paths = [find_beside(path, shard) for shard in shards]
-    found = [_reader_of(shard, is_safetensors).read(shard) for shard in paths]
+    found = [_reader_of(shard, ending).read(shard) for shard in paths]
     tree, holders = _merge(shards, found, path)
     _check_map(weight_map, holders, path)
     total = metadata.get("total_size")
     nbytes = sum(value.spec.nbytes for value in tree.values() if isinstance(value, LazyTensor))
-    if total is not None and not (total == nbytes or (not is_safetensors and _is_less(total, nbytes))):
+    if total is not None and not (total == nbytes or (not ending and _is_less(total, nbytes))):
         problem = f"its total_size is {printable(str(total), 40)}, but its tensors take {nbytes} bytes"
         raise DamagedCheckpoint(problem, file=path, cure="are its shards of one version?")
     return Contents(

@@ -6,7 +6,7 @@
     tensor:  8 name | 13 external data (1 key, 2 value) | 14 whether that is where its bytes are
 
 These are fields of onnx/onnx.proto; how a tensor holds its numbers stands with `tensor_protos.ONNX`. External data lie
-in files beside the model. A Constant node's tensor goes by the node's output. Nothing is run.
+in files beside the model or below. A Constant node's tensor goes by the node's output. Nothing is run.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
-from converters.readers.files import SourceFile, Window
+from converters.readers.files import Seen, SourceFile, Window
 from converters.readers.records import Record
 
 __all__ = ["AGAIN", "ZipArchive"]
@@ -119,9 +119,9 @@ class _Late:
     def path(self) -> Path:
         return self.archive.file.path
 
-    def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
+    def read(self, offset: int, nbytes: int, tensor: str | None = None, seen: Seen | None = None) -> memoryview:
         start = self.archive.locate(self.name, tensor)[1]
-        return self.archive.file.read(start + offset, nbytes, tensor)
+        return self.archive.file.read(start + offset, nbytes, tensor, seen)
 
     def copy(self, offset: int, nbytes: int, tensor: str, file: int, at: int) -> None:
         start = self.archive.locate(self.name, tensor)[1]

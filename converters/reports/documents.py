@@ -32,6 +32,7 @@ def inspection_document(inspection: Inspection) -> dict[str, Any]:
         "dtypes": dict(Counter(spec.dtype for spec in specs)),
         "family": plan.mapping.name if plan else None,
         "target": {"architecture": plan.skeleton.architecture, "args": plan.skeleton.args} if plan else None,
+        "nearest": asdict(inspection.nearest) if inspection.nearest else None,
         "caveats": [*(plan.caveats if plan else ()), *checkpoint.notes],
         "reason": inspection.reason or None,
         "set_aside": checkpoint.set_aside,

@@ -21,6 +21,7 @@ from converters.names import fold
 from converters.plan import Plan
 from converters.readers import Checkpoint
 from converters.reports.divergence import divergence_lines, summary_lines
+from converters.reports.plans import fold_plan
 
 if TYPE_CHECKING:
     from converters.checking import Check
@@ -48,7 +49,7 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 _MOST_ROWS = 60
 _COLOURS = {  # of what came of a target; the others are red
     **dict.fromkeys(("exact", "closes"), "green"),
-    **dict.fromkeys(("nearly", "refused"), "yellow"),
+    **dict.fromkeys(("nearly", "refused", "not installed"), "yellow"),
     "no reference": "dim",
 }
 
@@ -92,6 +93,8 @@ def show_inspection(inspection: Inspection) -> None:
         _say("family", plan.mapping.name)
         _say("target", _target(plan))
         _say("dropped", _reasons({name: drop.reason for name, drop in plan.drops.items()}))
+    if near := inspection.nearest:
+        _say("nearest", f"{near.family}, to {near.target}: {near.problems} problem{'s' * (near.problems != 1)}")
     _caveats(checkpoint, plan)
     _say("set aside", "; ".join(f"{name} ({reason})" for name, reason in checkpoint.set_aside.items()))
     _say("metadata", ", ".join(_brief(key, value) for key, value in checkpoint.metadata.items()))
@@ -136,16 +139,12 @@ def show_conversion(conversion: Conversion) -> None:
         _say("load with", f"timm.create_model('local-dir:{conversion.directory}', pretrained=True)")
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("line", "from", "to", "count"):
+    for column in ("line", "from", "ops", "to", "count"):
         table.add_column(column, overflow="fold")
-    rows: dict[tuple[int, str], list[tuple[str, str]]] = {}
-    for step in tensors:
-        line = step.origin.rule.line if step.origin.rule else 0
-        rows.setdefault((line, step.origin.ops.text), []).append((step.origin.sources[0], step.target.name))
-    for (line, _), pairs in sorted(rows.items()):
-        sources = " ".join(text for text, _ in fold(source for source, _ in pairs)[:4])
-        targets = " ".join(text for text, _ in fold(target for _, target in pairs)[:4])
-        table.add_row(str(line), escape(printable(sources)), escape(targets), str(len(pairs)))
+    for one in sorted(fold_plan(plan), key=lambda one: one.lines):
+        if one.lines:
+            lines = ", ".join(map(str, one.lines))
+            table.add_row(lines, *map(escape, (printable(one.sources), one.ops, one.target)), str(one.count))
     console.print(table)
 
 

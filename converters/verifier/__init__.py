@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from converters.card import note_verification
 from converters.errors import OutputError, ReferenceFailed
 from converters.verifier.audit import audit
 from converters.verifier.choice import make_job, open_source, parse_reference
@@ -46,7 +47,7 @@ def verify(
     memory: int | None = None,
     taps: bool = True,
     mutants: bool = False,
-    float32: bool = True,
+    quick: bool = False,
     images: str | os.PathLike[str] | None = None,
     keep: str | os.PathLike[str] | None = None,
     workers: Workers | None = None,
@@ -58,9 +59,9 @@ def verify(
     another that choice.py lists, with `outputs` and `args` as it describes them. `python` is the interpreter that
     has the source framework. `trust` lets the framework execute whatever `source` or the reference's file holds.
     The worker is ended after `timeout` seconds and may take `memory` bytes of address space; one of `workers` does it,
-    or a new one. Without `taps` the outputs are compared and no module inside; without `float32` nothing runs in it
-    where float64 decides. With `mutants` a verdict that passes is put to the proof (see mutants.py). `images` is a
-    folder of the user's own, which become a probe. The recording is copied to `keep`.
+    or a new one. Without `taps` the outputs are compared and no module inside; `quick` takes fewer samples, and runs
+    nothing in float32 where float64 decides. With `mutants` a verdict that passes is put to the proof (see mutants.py).
+    `images` is a folder of the user's own, which become a probe. The recording is copied to `keep`.
     `progress` is told each step.
 
     The verdict is also written to verification.json in the folder. Models that differ are a verdict, not an
@@ -86,9 +87,9 @@ def verify(
         job = make_job(parse_reference(reference or "auto", subject, outputs, args), subject, checkpoint, trust=trust)
         if not taps:
             del job["taps"]
-        if not float32:
+        if quick:
             job["precisions"] = 1
-        inputs = probes(subject.input_size, any_size=job.get("any_size", False))
+        inputs = probes(subject.input_size, any_size=job.get("any_size", False), few=quick)
         if images is not None:
             inputs |= image_probes(subject.directory, Path(images))
         limits: dict[str, Any] = {"timeout": timeout, "memory": memory, "workers": workers}
@@ -119,6 +120,7 @@ def verify(
         proof = run_mutants(subject.directory, recording, weights=weights, deviation=subject.deviation)
         verdict = replace(verdict, mutants=proof)
     _write(subject.directory / "verification.json", verdict.to_json())
+    note_verification(subject.directory, str(verdict).splitlines()[0])
     return verdict
 
 

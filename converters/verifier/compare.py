@@ -70,7 +70,7 @@ def _compare(
         warnings.append("hardly depends on the input")
     if precision == "float64":
         errors, bounds = _errors(mine, theirs), np.full(len(mine), max(FLOAT64_BOUND, allowed))
-        if "float32" in ref and "float32" in tgt:
+        if "float32" in ref:
             information["float32_error"] = float(_errors(tgt["float32"], ref["float32"]).max())
     else:
         oracle = tgt["float64"]
@@ -98,7 +98,7 @@ def _incomparable(ref: Mapping[str, np.ndarray], tgt: Mapping[str, np.ndarray], 
     """Why there is nothing to measure."""
     if precision not in ref:
         return "the reference has no such output"
-    if not {"float64", precision} <= tgt.keys():
+    if not {"float64", *ref} <= tgt.keys():
         return "the target has no such output"
     if ref[precision].shape != tgt[precision].shape:
         return f"its shape is {ref[precision].shape} in the reference and {tgt[precision].shape} in the target"

@@ -22,7 +22,7 @@ LEAVES = 300
 
 
 def probes(
-    shape: tuple[int, int, int], *, any_size: bool = False, batch: int = 2, seed: int = 0
+    shape: tuple[int, int, int], *, any_size: bool = False, few: bool = False, batch: int = 2, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Inputs for a model that takes images of `shape` (channels, height, width), scaled as normalised images are.
 
@@ -30,6 +30,7 @@ def probes(
     that a flip, a transposition, an exchange of channels or padding on the wrong side moves every output.
     `picture` has edges and scales as photographs have, and in its last sample one colour all over, where only
     padding tells places apart. `odd`, for models that take `any_size`, is noise with odd sides of two lengths.
+    A `few` are `mixed`, a sample of noise and a picture, and `odd`.
 
     >>> {name: (x.shape, str(x.dtype)) for name, x in probes((3, 8, 6)).items()}
     {'normal': ((2, 3, 8, 6), 'float32'), 'ramp': ((2, 3, 8, 6), 'float32'), 'picture': ((2, 3, 8, 6), 'float32')}
@@ -46,6 +47,9 @@ def probes(
     if any_size:
         sides = height * 3 // 4 | 1, width * 5 // 8 | 1
         found["odd"] = rng.standard_normal((batch, channels, *sides), dtype=np.float32)
+    if few:
+        mixed = np.concatenate([found.pop("normal")[:1], found.pop("picture")[:1]])
+        found = {"mixed": mixed, **{name: probe for name, probe in found.items() if name == "odd"}}
     return found
 
 

@@ -1,4 +1,4 @@
-"""Hostile and damaged folders (Hugging Face, distributed checkpoints, DeepSpeed), each in a watched child."""
+"""Hostile and damaged folders and archives of several files, each in a watched child."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import pickle
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -54,6 +56,27 @@ def deepspeed(folder: Path, **beside: Any) -> None:
     flat = torch.cat([*WEIGHTS.values(), torch.zeros(1)])
     part = {"zero_stage": 1, "partition_count": 1, "single_partition_of_fp32_groups": [flat]}
     torch.save({"optimizer_state_dict": part}, folder / "step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+def keras(folder: Path) -> None:
+    places = {f"/layers/{name}/vars": f"m_{number}.weights.h5" for number, name in enumerate(WEIGHTS)}
+    for group, place in places.items():
+        with h5py.File(folder / place, "w") as file:
+            file[f"{group}/kernel"] = WEIGHTS[group.split("/")[2]]
+            file[group].attrs["name"] = group.split("/")[2]
+    (folder / "m.weights.json").write_text(json.dumps({"metadata": {"total_size": 268}, "weight_map": places}))
+
+
+def exported(folder: Path) -> None:
+    """What torch.export.save writes, as far as weights go."""
+    with zipfile.ZipFile(folder / "m.pt2", "w") as archive:
+        config = {}
+        for name, data in SOUND.items():
+            meta = {"dtype": 7, "sizes": [{"as_int": len(data) // 4}], "strides": [{"as_int": 1}]}
+            meta |= {"storage_offset": {"as_int": 0}}
+            config[name] = {"path_name": name, "use_pickle": False, "tensor_meta": meta}
+            archive.writestr(f"m/data/weights/{name}", data)
+        archive.writestr("m/data/weights/model_weights_config.json", json.dumps({"config": config}))
 
 
 def shard_named(name: str) -> Callable[[Path], None]:
@@ -184,6 +207,10 @@ FILES = {
     "index": (safetensors, INDEX),
     "metadata": (distributed, ".metadata"),
     "chunks": (distributed, "__0_0.distcp"),
+    "DeepSpeed's weights": (deepspeed, "step1/mp_rank_00_model_states.pt"),
+    "DeepSpeed's parts": (deepspeed, "step1/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    "Keras's index": (keras, "m.weights.json"),
+    "torch.export": (exported, "m.pt2"),
 }
 
 
@@ -191,9 +218,11 @@ FILES = {
 def test_a_file_cut_anywhere_is_refused(make: Callable[[Path], Any], name: str, tmp_path: Path) -> None:
     make(tmp_path)
     data = (tmp_path / name).read_bytes()
+    opened = tmp_path / name if make in (keras, exported) else tmp_path
+    assert (open_cleanly(opened) or {}).keys() >= ({"w/kernel"} if make is keras else SOUND.keys())
     for end in reversed(range(0, len(data), 1 if len(data) < 1000 else 7)):
         os.truncate(tmp_path / name, end)
-        assert open_cleanly(tmp_path) is None, end
+        assert open_cleanly(opened) is None, end
 
 
 @pytest.mark.parametrize(("make", "name"), FILES.values(), ids=FILES)
@@ -201,9 +230,11 @@ def test_a_flipped_bit_never_crashes_nor_moves_data(make: Callable[[Path], Any],
     """Neither index has a checksum, but a tensor of its own name has its own shape and bytes."""
     make(tmp_path)
     data = (tmp_path / name).read_bytes()
+    opened = tmp_path / name if make in (keras, exported) else tmp_path
+    sound = open_cleanly(opened) or {}
     with (tmp_path / name).open("r+b", buffering=0) as file:
-        for bit in range(0, 8 * len(data), 1 if len(data) < 1000 else 13):
+        for bit in range(0, 8 * len(data), 1 if len(data) < 1000 else 29):
             os.pwrite(file.fileno(), bytes([data[bit // 8] ^ 1 << bit % 8]), bit // 8)
-            found = open_cleanly(tmp_path) or {}
-            assert all(SOUND[key] == value for key, value in found.items() if key in SOUND), bit
+            found = open_cleanly(opened) or {}
+            assert all(sound[key] == value for key, value in found.items() if key in sound), bit
             os.pwrite(file.fileno(), data[bit // 8 : bit // 8 + 1], bit // 8)

@@ -100,6 +100,17 @@ def moved(folder: Path) -> Path:
     return folder
 
 
+def marked(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "_CHECKPOINT_METADATA").write_text("{}")
+    return folder
+
+
+def unlisted(folder: Path) -> Path:
+    (folder / "_METADATA").unlink()
+    return folder
+
+
 def rewritten(folder: Path, text: str) -> Path:
     (folder / "_METADATA").write_text(text)
     return folder
@@ -127,6 +138,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an empty key": (lambda path: relisted(store(path), [""]), "its keys would leave the folder"),
     "one name by two ways": (lambda path: relisted(store(path), ["a", "b"], ["a/b"]), "a/b: is the name of two arrays"),
     "terminal codes": (lambda path: relisted(store(path), ["\x1b[2J"]), ": \\x1b[2J: tensorstore refuses it"),
+    "nothing but a mark": (marked, "without _METADATA and without arrays; fetch the whole folder"),
+    "paths that leave": (lambda path: unlisted(store(path, ["../w"])), "../w: its keys would leave the folder"),
+    "no data, unlisted": (lambda path: unlisted(emptied(store(path))), "o: tensorstore refuses it"),
     "no JSON": (lambda path: rewritten(store(path), "{"), "it is not valid JSON with distinct names"),
     "brackets": (lambda path: rewritten(store(path), '{"tree_metadata":' + "[" * 100_000), "it is nested too deeply"),
     "no list": (lambda path: rewritten(store(path), '{"tree_metadata": 3}'), "lists no arrays, or too many"),

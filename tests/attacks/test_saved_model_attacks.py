@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from converters.errors import CheckpointError
+from converters.readers import open_checkpoint
+
 write = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).parents[1] / "readers" / "tensorflow" / "bundle_writer.py"))
 )
@@ -109,6 +112,18 @@ def outcomes(watch: Callable[..., Any]) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", OPENED)
 def test_variables_are_read_whatever_the_graph_says(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
     assert outcomes[name] == {"tensors": dict.fromkeys(OPENED[name][1], SIX.hex()), "broken": []}
+
+
+def test_a_flip_or_a_cut_of_the_graph_moves_no_variable(spoil: Callable[..., Any], tmp_path: Path) -> None:
+    """It has no checksum, and may tell another name."""
+    graph = objects(message(child(0, "a"), child(1, "w")), variable("fc"))
+    saved(tmp_path / "m", graph, KEY)
+    for _, data in spoil(graph):
+        (tmp_path / "m" / "saved_model.pb").write_bytes(data)
+        try:
+            assert [tensor.read() for tensor in open_checkpoint(tmp_path / "m").tensors.values()] == [SIX]
+        except CheckpointError as error:
+            assert str(error).startswith(str(tmp_path)) and str(error).isprintable()
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from converters.errors import CheckpointError, DamagedCheckpoint
-from converters.readers import files
+from converters.errors import CheckpointError, DamagedCheckpoint, UnknownFormat
+from converters.readers import files, open_checkpoint
 from converters.readers.files import SourceFile, Window
 
 BYTES = bytes(range(256)) * 5
@@ -66,6 +66,27 @@ def test_a_source_that_shrinks_is_told(source: SourceFile, tmp_path: Path) -> No
     os.close(out)
     with pytest.raises(CheckpointError, match="was written to while it was read"):
         source.check_unchanged()
+
+
+OTHERS = {  # what is at the path: what it is called
+    b"": "is empty",
+    b"<!DOCTYPE html>\n<html>": "is an HTML page, not a checkpoint; the download went wrong",
+    b"version https://git-lfs.github.com/spec/v1\n": "is a git-LFS pointer, not the weights; run `git lfs pull`",
+    b'{"message": "not found"}': "is JSON text, not a checkpoint",
+    bytes(5000): "begins with nothing but zeros; is the download complete",
+    b"\x7fELF": "is not a checkpoint of any known format",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS, ids=OTHERS.values())
+def test_what_is_no_checkpoint_is_called_what_it_is(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UnknownFormat, match=rf"model\.safetensors: {OTHERS[content]}"):
+        open_checkpoint(path)
+    path.unlink()
+    with pytest.raises(UnknownFormat, match="is a folder without a checkpoint"):
+        open_checkpoint(tmp_path)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from converters.errors import CheckpointError
 from converters.readers import Checkpoint, open_checkpoint
 from converters.tensors import from_torch
 
+FIRST, SECOND = (f"model-{number:05}-of-00002.safetensors" for number in (1, 2))
 HALVES = (
     {"a.weight": torch.randn(3, 4), "a.bias": torch.randn(4).bfloat16(), "empty": torch.empty(0, 2)},
     {"b.weight": torch.randn(2, 3).half(), "count": torch.tensor(7)},
@@ -27,6 +30,7 @@ SAVE: dict[str, Callable[[dict[str, torch.Tensor], Path], Any]] = {
     "model.safetensors": lambda tensors, path: save_file(tensors, path, metadata={"format": "pt"}),
     "pytorch_model.bin": torch.save,
 }
+ONES = np.ones(6, "f4").tobytes()[::4]
 LOAD: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {"safetensors": load_file, "bin": torch.load}
 
 
@@ -34,7 +38,7 @@ def shard(folder: Path, name: str, halves: tuple[dict[str, torch.Tensor], ...] =
     """What save_pretrained writes where weights exceed one shard: shards, index and config."""
     stem, kind = name.rsplit(".", 1)
     weight_map = {}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     for number, half in enumerate(halves, 1):
         part = f"{stem}-{number:05}-of-{len(halves):05}.{kind}"
         SAVE[name](half, folder / part)
@@ -71,6 +75,47 @@ def test_shards_are_read_as_one(name: str, tmp_path: Path) -> None:
         assert found.integrity == ("none in format" if kind == "safetensors" else "CRC-32 of every record")
         assert found.metadata["config.json"] == CONFIG
         assert found.metadata["index"] == {"total_size": SIZE}
+
+
+def test_shards_may_lie_in_subfolders(tmp_path: Path) -> None:
+    folder = shard(tmp_path / "snapshots" / "0123abc", "model.safetensors")
+    (folder / "parts").mkdir()
+    (tmp_path / "blobs").mkdir()
+    (folder / SECOND).rename(tmp_path / "blobs" / "2")
+    (folder / "parts" / "2.safetensors").symlink_to("../../../blobs/2")
+    renamed("parts/2.safetensors")(folder)
+    assert_whole(open_checkpoint(folder))
+
+
+def test_a_folder_with_nothing_but_flax_weights(tmp_path: Path) -> None:
+    from flax.serialization import to_bytes
+
+    halves = [{f"vit/{i}": {"kernel": np.full((2, 3), i, "f4")}} for i in range(2)]
+    names = ["vit/0/kernel", "vit/1/kernel"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "flax_model.msgpack").write_bytes(to_bytes({**halves[0], **halves[1]}))
+    weight_map = {name: f"flax_model-{i}.msgpack" for i, name in enumerate(names)}
+    write_index(tmp_path / "flax_model.msgpack.index.json", {"metadata": {"total_size": 48}, "weight_map": weight_map})
+    for half, name in zip(halves, weight_map.values(), strict=True):
+        (tmp_path / name).write_bytes(to_bytes(half))
+    for folder in (tmp_path / "whole", tmp_path):
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        found = open_checkpoint(folder)
+        assert (found.format, found.metadata["config.json"]) == ("Hugging Face folder", CONFIG)
+        assert {name: found.tensors[name].read()[::4] for name in names} == {names[0]: bytes(6), names[1]: ONES}
+
+
+def test_a_folder_with_nothing_but_tensorflow_weights(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "tf_model.h5", "w") as file:
+        file.attrs["layer_names"] = [b"vit"]
+        group = file.create_group("vit")
+        group.attrs["weight_names"] = [b"tf_vit_model/vit/layer_._0/query/kernel:0"]
+        group["tf_vit_model/vit/layer_._0/query/kernel:0"] = np.ones((2, 3), "f4")
+    found = open_checkpoint(tmp_path)
+    assert list(found.tensors) == ["vit/layer_._0/query/kernel"]
+    write_index(tmp_path / "tf_model.h5.index.json", {"weight_map": {"a": "tf_model-00001-of-00002.h5"}})
+    with pytest.raises(CheckpointError, match="is of TensorFlow's shards, which are not read; save as safetensors"):
+        open_checkpoint(tmp_path / "tf_model.h5.index.json")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"])
@@ -141,9 +186,6 @@ def renamed(name: Any) -> Callable[[Path], None]:
     return edit(lambda index: index["weight_map"].update({"b.weight": name, "count": name}))
 
 
-FIRST, SECOND = (f"model-{number:05}-of-00002.safetensors" for number in (1, 2))
-
-
 def outside(folder: Path) -> None:
     target = folder.parent / "outside.safetensors"
     (folder / SECOND).rename(target)
@@ -155,6 +197,14 @@ def folder_outside(folder: Path) -> None:
     outside(folder)
     (folder / SECOND).rename(folder / "link")
     (folder / SECOND).symlink_to("link")
+
+
+def subfolder_outside(folder: Path) -> None:
+    """A subfolder that is a link."""
+    (folder.parent / "elsewhere").mkdir()
+    (folder / SECOND).rename(folder.parent / "elsewhere" / "x.safetensors")
+    (folder / "sub").symlink_to(folder.parent / "elsewhere")
+    renamed("sub/x.safetensors")(folder)
 
 
 def pickled(folder: Path) -> None:
@@ -180,12 +230,18 @@ INDEX = r"model\.safetensors\.index\.json: "
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "parent": (renamed("../x.safetensors"), INDEX + r"needs \.\./x\.safetensors, which is no file beside it"),
     "absolute": (renamed("/etc/passwd"), INDEX + "needs /etc/passwd, which is no"),
-    "subfolder": (renamed("sub/x.safetensors"), INDEX + r"needs sub/x\.safetensors, which is no file beside it"),
+    "above a subfolder": (
+        renamed("sub/../../x.safetensors"),
+        INDEX + r"needs sub/\.\./\.\./x\.saf",
+    ),
+    "a folder": (renamed("sub//x.safetensors"), INDEX + r"needs sub//x\.safetensors, which is no file beside it"),
+    "no such subfolder": (renamed("sub/x.safetensors"), INDEX + r"needs sub/x\.safetensors, which is missing"),
+    "link out of a subfolder": (subfolder_outside, INDEX + r"needs sub/x\.safetensors, a link that leaves the folder"),
     "backslashes": (renamed("..\\x.safetensors"), INDEX + r"needs \.\.\\x\.safetensors, which is no file beside it"),
     "drive": (renamed("C:x.safetensors"), INDEX + r"needs C:x\.safetensors, which is no file beside it"),
     "URL": (renamed("https://x.safetensors"), INDEX + r"needs https://x\.safetensors, which is no file beside it"),
     "NUL": (renamed("x\0.safetensors"), INDEX + r"needs x\\x00\.safetensors, which is no file beside it"),
-    "escape codes": (renamed("\x1b[31m/.safetensors"), INDEX + r"needs \\x1b\[31m/\.safetensors, which is no file"),
+    "escape codes": (renamed("\x1b[31m//.safetensors"), INDEX + r"needs \\x1b\[31m//\.safetensors, which is no"),
     "the folder": (renamed("."), INDEX + r"needs \., which is no (file beside it|safetensors file)"),
     "no name": (renamed(3), INDEX + "its weight_map holds 3"),
     "link": (outside, INDEX + f"needs {SECOND}, a link that leaves the folder; copy the file there"),

@@ -116,9 +116,10 @@ def external(folder: Path, tensor: str = "w", **entries: str) -> Path:
     made.data_location = TensorProto.EXTERNAL
     for key, value in entries.items():
         made.external_data.add(key=key, value=value)
-    folder.mkdir()
+    (folder / "below").mkdir(parents=True)
     (folder / "m.onnx").write_bytes(model(made).SerializeToString())
-    (folder / "data").write_bytes(bytes(range(32)))
+    for place in (folder, folder / "below"):
+        (place / "data").write_bytes(bytes(range(32)))
     return folder / "m.onnx"
 
 
@@ -127,12 +128,14 @@ def external(folder: Path, tensor: str = "w", **entries: str) -> Path:
     [({}, slice(0, 24)), ({"offset": "8"}, slice(8, 32)), ({"offset": "4", "length": "24"}, slice(4, 28))],
 )
 def test_external_data_are_found(entries: dict[str, str], expected: slice, tmp_path: Path) -> None:
-    path = external(tmp_path / "m", location="data", **entries)
-    assert found_in(path)["w"][2] == bytes(range(32))[expected]
+    for number, location in enumerate(("data", "below/data")):
+        path = external(tmp_path / str(number), location=location, **entries)
+        assert found_in(path)["w"][2] == bytes(range(32))[expected]
 
 
 REFUSED: dict[str, tuple[dict[str, str], type, str]] = {
     "above": ({"location": "../secret"}, UnsafeCheckpoint, "w: needs ../secret, which is no file beside it"),
+    "below and above": ({"location": "below/../../secret"}, UnsafeCheckpoint, "which is no file beside it"),
     "absolute": ({"location": "/etc/passwd"}, UnsafeCheckpoint, "which is no file beside it"),
     "of Windows": ({"location": "..\\secret"}, UnsafeCheckpoint, "which is no file beside it"),
     "on a drive": ({"location": "C:secret"}, UnsafeCheckpoint, "which is no file beside it"),

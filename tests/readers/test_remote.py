@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from converters import convert, inspect, open_checkpoint
 from converters.errors import CheckpointError, ConverterError, OutputError
 from converters.readers import remote
-from converters.readers.remote import RemotePath, fetch
+from converters.readers.remote import RemotePath, fetch, ranges
+from converters.readers.remote import cache as stored
 
 TENSORS = {f"layer{number}.weight": torch.randn(512, 512) for number in range(20)}  # 20 MB
 
@@ -41,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own for every test, in which nobody waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(ranges, "PAUSES", (0.0, 0.0))
     return tmp_path / "cache" / "timmport"
 
 
@@ -142,7 +143,7 @@ def test_a_look_at_a_file_fetches_little(name: str, memory: Memory, files: dict[
 
 
 def test_memory_is_bounded(memory: Memory, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "BLOCKS", 8)
+    monkeypatch.setattr(ranges, "BLOCKS", 8)
     memory.pipe("/a.pth", files["model.pth"])
     path = remote.open_remote("memory://a.pth")
     source = path.source_file(path)
@@ -224,7 +225,7 @@ def test_a_server_need_not_say_how_much_it_sends(site: Site) -> None:
 
 
 def test_what_does_not_end_is_refused(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=8 << 20))
+    monkeypatch.setattr(stored.shutil, "disk_usage", lambda _: SimpleNamespace(free=8 << 20))
     with pytest.raises(OutputError, match=r"has no room for the \d+ bytes of http://"):
         fetch(site.url)
     site.ranges, site.headers = False, {"Content-Length": "some"}
@@ -321,7 +322,7 @@ def test_nobody_answers_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
         ("https://me:word@127.0.0.1/a", "https://127.0.0.1/a: has a password in it"),
         ("http://127.0.0.1:port/a", "is no address"),
         ("memory://absent.pth", r"does not exist \(404\)"),
-        ("memory://folder", "is a folder; name one file in it"),
+        ("memory://folder", "is a folder without a checkpoint"),
     ],
 )
 def test_what_is_no_source(url: str, message: str, memory: Memory) -> None:
@@ -454,6 +455,104 @@ def test_the_hubs_own_file_system_is_asked_for_ranges_only(
     assert set(found.specs) == set(TENSORS)
     assert 0 < sum(fetched) < len(content) / 20
     assert hashlib.sha256(fetch("hf://org/repo@main/a/model.pth").resolve().read_bytes()).hexdigest() == digest
+
+
+UNNEEDED = {"training.log": b"x" * 100, "a/b/c/d/e.bin": b"x"}
+
+
+def shards(number: int = 2) -> dict[str, bytes]:
+    """A folder of the Hub, with what nobody needs beside the weights."""
+    parts = [f"parts/{one}.safetensors" for one in range(number)]
+    holders = {name: parts[one % number] for one, name in enumerate(TENSORS)}
+    files = {part: save({name: TENSORS[name] for name in TENSORS if holders[name] == part}) for part in parts}
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": holders}).encode()
+    return {**files, "config.json": b"{}", **UNNEEDED}
+
+
+@pytest.fixture
+def shelf(memory: Memory, tmp_path: Path) -> Path:
+    """A folder in fsspec's memory, and the same on disk."""
+    for name, content in shards().items():
+        memory.pipe(f"/org/repo/{name}", content)
+        (tmp_path / "repo" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repo" / name).write_bytes(content)
+    memory.read.clear()
+    return tmp_path / "repo"
+
+
+@pytest.mark.parametrize("url", ["memory://org/repo", "memory://org/repo/"])
+def test_a_folder_is_read_by_what_its_index_names(url: str, shelf: Path, memory: Memory) -> None:
+    found, local = open_checkpoint(url), open_checkpoint(shelf)
+    assert (found.format, found.specs, found.url) == (local.format, local.specs, "memory://org/repo")
+    assert sum(size for _, size in memory.read) < sum(file.size for file in local.files) / 20
+    assert {path for path, _ in memory.read} == {
+        f"/org/repo/{name}" for name in shards() if "json" in name or "parts" in name
+    }
+    assert found.sha256() == local.sha256()
+    assert_whole(found.tensors)
+
+
+def test_a_folder_is_fetched_by_what_its_index_names(shelf: Path, memory: Memory, cache: Path) -> None:
+    found = open_checkpoint(fetch("memory://org/repo"))
+    assert_whole(found.tensors)
+    assert sorted(path.stat().st_size for path in cache.iterdir()) == sorted(file.size for file in found.files)
+    assert all(file.path.resolve().parent == cache for file in found.files)
+    assert sum(size for _, size in memory.read) <= sum(file.size for file in found.files) + 4096
+    with pytest.raises(CheckpointError, match=r"memory://org/repo: is a folder; fetch the folder and give its path"):
+        remote.fetch_path("memory://org/repo")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts/1.safetensors": None}, "needs parts/1.safetensors, which is missing"),
+        ({"model.safetensors.index.json": INDEX.replace(b"model-", b"../x/")}, "which is no file beside it"),
+        ({"model.safetensors.index.json": INDEX.replace(b"model-", b"http://x/")}, "which is no file beside it"),
+        ({"model.safetensors.index.json": None}, "is a folder without a checkpoint"),
+        ({"checkpoint": b'model_checkpoint_path: "m"', "m.index": b"bytes"}, "of which there is no index"),
+        ({"m.index": b"bytes"}, "not opened; fetch the folder and give its path"),
+        ({"_METADATA": b"{}", "model.safetensors.index.json": None}, "not opened; fetch the folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_read(
+    change: dict[str, bytes | None], message: str, shelf: Path, memory: Memory
+) -> None:
+    memory.pipe("/org/x/00001.safetensors", b"secret")
+    for name, content in change.items():
+        if content is None:
+            memory.rm(f"/org/repo/{name}")
+        else:
+            memory.pipe(f"/org/repo/{name}", content)
+    memory.read.clear()
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint("memory://org/repo")
+    assert all(path.startswith("/org/repo/") for path, _ in memory.read)
+
+
+def test_a_repository_of_the_hub_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As huggingface_hub's own file system sees it, with the Hub's answers made up."""
+    from huggingface_hub import HfApi, hf_file_system
+    from huggingface_hub.hf_api import RepoFile, RepoFolder
+
+    files = shards()
+    entries = {name: RepoFile(path=name, size=len(content), oid="1") for name, content in files.items()}
+    entries["parts"] = RepoFolder(path="parts", oid="1")
+
+    def list_tree(self: Any, repo: str, path: str = "", **_: Any) -> Iterator[Any]:
+        return (entry for name, entry in entries.items() if name.rpartition("/")[0] == (path or ""))
+
+    def tell(self: Any, repo: str, paths: Any, **_: Any) -> list[Any]:
+        return [entries[path] for path in ([paths] if isinstance(paths, str) else paths)]
+
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "list_repo_tree", list_tree)
+    monkeypatch.setattr(HfApi, "get_paths_info", tell)
+
+    def fetch_range(self: Any, start: int, end: int) -> bytes:
+        return files[self.resolved_path.path_in_repo][start:end]
+
+    monkeypatch.setattr(hf_file_system.HfFileSystemFile, "_fetch_range", fetch_range)
+    assert_whole(open_checkpoint("hf://org/repo@main").tensors)
 
 
 def test_a_cache_that_cannot_be_written_is_told(

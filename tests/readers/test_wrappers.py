@@ -79,6 +79,7 @@ SHADOWS = {
     "bn/moving_mean": tensor("raw"),
     "bn/moving_mean/ExponentialMovingAverage": tensor("averaged"),
 }
+TWO_MODELS = ("online_model", "raw"), ("ema_model", "averaged")
 AVERAGED: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {  # with ema=None or True, and False
     "timm": (
         {"state_dict": weights("raw"), "state_dict_ema": weights("averaged")},
@@ -102,6 +103,15 @@ AVERAGED: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
         {"state_dict": weights("raw"), "ema_state_dict": weights("averaged", "module.")},
         ("ema_state_dict", "module."),
         ("state_dict",),
+    ),
+    **{
+        name: ({"model": weights("raw"), name: weights("averaged")}, (name,), ("model",))
+        for name in ("ema", "params_ema", "averaged_model", "swa_state_dict", "model_avg")
+    },
+    "one dict of both": (
+        {f"{model}.{name}": tensor(mark) for model, mark in TWO_MODELS for name in NAMES},
+        ("ema_model",),
+        ("online_model",),
     ),
     "TensorFlow": (SHADOWS, ("ExponentialMovingAverage",), ()),
 }

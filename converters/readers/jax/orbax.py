@@ -1,7 +1,8 @@
 """Orbax checkpoints: a folder of zarr arrays, in files of their own or together in an OCDBT database.
 
 `_METADATA` lists the arrays (`tree_metadata`: the keys that lead to each) and says how they are stored; an array's
-path is its keys joined by points. A manager's folder holds such folders by step and item (`1000/default`). The
+path is its keys joined by points. Where it is missing, as in old checkpoints, the paths are what there is to tell the
+keys by. A manager's folder holds such folders by step and item (`1000/default`). The
 arrays are read by tensorstore, which is told of this folder alone, and only when they are asked for.
 """
 
@@ -16,7 +17,7 @@ from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoi
 from converters.readers import Contents
 from converters.readers.files import SourceFile
 from converters.readers.jax.trees import arrange
-from converters.readers.protobuf import blame
+from converters.readers.protobuf import Malformed
 from converters.readers.strict_json import parse_json
 from converters.readers.tensor_protos import check_shape
 from converters.tensors import DTYPES, LazyTensor, TensorSpec
@@ -24,7 +25,10 @@ from converters.tensors import DTYPES, LazyTensor, TensorSpec
 __all__ = ["FORMAT", "accepts", "read"]
 
 FORMAT = "Orbax checkpoint"
-METADATA, DATABASE = "_METADATA", "manifest.ocdbt"
+METADATA, DATABASE, MARK = "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA"
+HEADS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that says what an array is: tensorstore's driver
+PROCESS = "ocdbt.process_"  # begins the names of folders that hold one process's part of a database
+UNLISTED = "without _METADATA, arrays are called by their paths: a point in a name cannot be told from a new one"
 ARRAYS = ("jax.Array", "np.ndarray", "scalar")
 MAX_METADATA = 64 << 20
 MAX_FILES = 1 << 17
@@ -44,20 +48,25 @@ def read(path: Path) -> Contents:
         names = ", ".join(printable(str(item.relative_to(path)), 40) for item in (folder, *more[:4]))
         raise CheckpointError(f"holds {1 + len(more)} checkpoints ({names})", file=path, cure="name one of them")
     files = _files(folder)
-    source = SourceFile(folder / METADATA)
-    if source.size > MAX_METADATA:
-        raise UnsafeCheckpoint(f"takes {source.size} bytes", file=source.path)
-    metadata = parse_json(bytes(source.read(0, source.size)), source.path, "it")
-    arrays, leaves = _list(metadata, source.path)
-    store = _Store(folder, metadata, sum(file.size for file in files))
+    metadata = _read_metadata(folder / METADATA)
+    is_database, size = (folder / DATABASE).is_file(), sum(file.size for file in files)
+    if metadata is not None:
+        store = _Store(folder, "zarr3" if metadata.get("use_zarr3") is True else "zarr", is_database, size)
+        arrays, leaves = _list(metadata, folder / METADATA)
+    else:
+        store = _Store(folder, _driver(folder), is_database, size)
+        arrays, leaves = {place.replace(".", "/"): place for place in store.places()}, {}
+        if not arrays:
+            problem = f"is an Orbax checkpoint without {METADATA} and without arrays"
+            raise CheckpointError(problem, file=folder, cure="fetch the whole folder")
     found = arrange({**leaves, **store.open(arrays)})
-    is_database = store.is_database
     return Contents(
         tree=found.tree,
         files=files,
         integrity="CRC-32C of the database's index and of small arrays" if is_database else "none in format",
         wrappers=found.wrappers,
         set_aside=found.set_aside,
+        notes=() if metadata is not None else (UNLISTED,),
     )
 
 
@@ -65,7 +74,32 @@ def _items(path: Path) -> list[Path]:
     """The folders of arrays that `path` is, or holds."""
     if (path / METADATA).is_file():
         return [path]
-    return sorted(found.parent for depth in ("*", "*/*") for found in path.glob(f"{depth}/{METADATA}"))
+    if listed := [found.parent for depth in ("*", "*/*") for found in path.glob(f"{depth}/{METADATA}")]:
+        return sorted(listed)
+    if _holds_arrays(path):
+        return [path]
+    below = sorted(filter(_holds_arrays, [*path.glob("*"), *path.glob("*/*")]))
+    return below or ([path] if (path / MARK).is_file() else [])
+
+
+def _holds_arrays(path: Path) -> bool:
+    """Whether a folder without metadata looks like Orbax's."""
+    if not path.is_dir() or path.name.startswith(PROCESS) or path.parent.name.startswith(PROCESS):
+        return False
+    return (path / DATABASE).is_file() or any(any(path.glob(f"*/{head}")) for head in HEADS)
+
+
+def _driver(folder: Path) -> str:
+    return next((driver for head, driver in HEADS.items() if any(folder.glob(f"*/{head}"))), "zarr")
+
+
+def _read_metadata(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    source = SourceFile(path)
+    if source.size > MAX_METADATA:
+        raise UnsafeCheckpoint(f"takes {source.size} bytes", file=source.path)
+    return parse_json(bytes(source.read(0, source.size)), source.path, "it")
 
 
 class _Unopened(SourceFile):
@@ -127,10 +161,8 @@ def _list(metadata: dict[str, Any], path: Path) -> tuple[dict[str, str], dict[st
 class _Store:
     """The arrays below a folder, as tensorstore sees them."""
 
-    def __init__(self, folder: Path, metadata: dict[str, Any], size: int) -> None:
-        self.folder, self.size = folder, size
-        self.is_database = (folder / DATABASE).is_file()
-        self.driver = "zarr3" if metadata.get("use_zarr3") is True else "zarr"
+    def __init__(self, folder: Path, driver: str, is_database: bool, size: int) -> None:
+        self.folder, self.driver, self.is_database, self.size = folder, driver, is_database, size
         try:
             import tensorstore
         except ImportError as error:
@@ -139,25 +171,46 @@ class _Store:
         self.tensorstore = tensorstore
         self.context = tensorstore.Context(CONTEXT)
 
+    def places(self) -> list[str]:
+        """The paths of all arrays."""
+        if self.is_database:
+            opening = self.tensorstore.KvStore.open(self.kvstore(""), context=self.context)
+            keys = [key.decode("utf-8", "backslashreplace") for key in self.result(self.result(opening).list())]
+            if self.driver == "zarr" and any(key.endswith("/zarr.json") for key in keys):
+                self.driver = "zarr3"
+        else:
+            keys = [f"{found.parent.name}/{found.name}" for head in HEADS for found in self.folder.glob(f"*/{head}")]
+        if len(keys) > MAX_FILES:
+            raise UnsafeCheckpoint(f"holds more than {MAX_FILES} keys", file=self.folder)
+        places = {key.rpartition("/")[0] for key in keys if HEADS.get(key.rpartition("/")[2]) == self.driver}
+        if stray := next((place for place in places if {"", ".", ".."} & set(place.split("/")) or "\\" in place), None):
+            raise UnsafeCheckpoint("its keys would leave the folder", file=self.folder, tensor=stray)
+        return sorted(places)
+
     def open(self, paths: dict[str, str]) -> dict[str, LazyTensor | str]:
         """The arrays at `paths`, by name, unread."""
         opening = {name: self.tensorstore.open(self.spec(path), context=self.context) for name, path in paths.items()}
         return {name: self.tensor(name, found) for name, found in opening.items()}
 
     def spec(self, path: str) -> dict[str, Any]:
-        root = f"{os.path.abspath(self.folder)}/"
-        base = {"driver": "file", "path": root if self.is_database else f"{root}{path}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"} if self.is_database else base
         mode = {"open": True, "create": False, "fill_missing_data_reads": False}
-        return {"driver": self.driver, "kvstore": kvstore, **mode}
+        return {"driver": self.driver, "kvstore": self.kvstore(f"{path}/"), **mode}
+
+    def kvstore(self, path: str) -> dict[str, Any]:
+        root = f"{os.path.abspath(self.folder)}/"
+        if not self.is_database:
+            return {"driver": "file", "path": f"{root}{path}"}
+        return {"driver": "ocdbt", "base": {"driver": "file", "path": root}, "path": path}
 
     def tensor(self, name: str, opening: Any) -> LazyTensor | str:
         array = self.result(opening, name)
         dtype = array.dtype.name
         if dtype not in DTYPES:
             return f"left out: it holds {dtype}"
-        with blame(SourceFile(self.folder / METADATA), name):
+        try:
             spec = TensorSpec(name, check_shape(array.shape), dtype)
+        except Malformed as error:
+            raise DamagedCheckpoint(str(error), file=self.folder, tensor=name) from error
         return LazyTensor(spec, partial(self.read, array, spec))
 
     def read(self, array: Any, spec: TensorSpec) -> memoryview:
@@ -171,7 +224,7 @@ class _Store:
         values = self.result(array.read(order="C"), spec.name)
         return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
-    def result(self, future: Any, name: str) -> Any:
+    def result(self, future: Any, name: str | None = None) -> Any:
         """What tensorstore was asked for."""
         try:
             return future.result()

@@ -2,6 +2,7 @@
 
 Flax keeps a model's variables in collections of like modules (`params`, `batch_stats`), and a training state keeps
 them beside an optimizer, or within it. `arrange` gives every variable the name that its module has in the model.
+Averaged weights go with the averaged states of their modules, or where there are none with those of the raw ones.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from converters.readers.wrappers.prefixes import is_averaged
 from converters.tensors import LazyTensor
 
 __all__ = ["Arranged", "arrange"]
 
 WEIGHTS = ("params", "target")  # the latter is what an optimizer of old Flax optimizes
-AVERAGED = ("ema_params", "params_ema")
 STATES = ("batch_stats", "model_state")  # of the weights' modules; the latter may hold the former
 OPTIMIZERS = ("opt", "optimizer")
 WRAPPERS = (*WEIGHTS, "state", "train_state", "model", "default")
@@ -53,12 +54,15 @@ def arrange(leaves: Mapping[str, Any]) -> Arranged:
         for top in [top for top in parts if weights and top in ASIDE]:
             set_aside[top if "" in parts[top] else f"{top}/**"] = ASIDE[top]
             del parts[top]
-        averaged = [top for top in AVERAGED if top in parts]
         states = [top for top in STATES if top in parts]
+        averaged = [top for top in parts if weights and is_averaged(top)]
+        averaged_states = [top for top in averaged if any(state in top for state in STATES)]
         if len(weights) == 1 and parts.keys() == {*weights, *averaged, *states}:
-            merged = _merge(*(parts[top] for top in (*weights, *states))) if states else None
-            if merged is not None:
-                parts = {weights[0]: merged, **{top: parts[top] for top in averaged}}
+            taken = {weights[0]: states}
+            taken |= {top: averaged_states or states for top in averaged if top not in averaged_states}
+            merged = {top: _merge(*(parts[one] for one in (top, *of))) for top, of in taken.items()}
+            if None not in merged.values():
+                parts = {top: found for top, found in merged.items() if found is not None}
             if averaged:
                 return Arranged({**values, **parts}, tuple(wrappers), set_aside)
         top = next(iter(parts), "")
@@ -87,6 +91,8 @@ def _take_targets(parts: dict[str, Tensors]) -> Iterator[str]:
 
 def _merge(weights: Tensors, *states: Tensors) -> Tensors | None:
     """The weights and the states of their modules; None if two would have one name."""
+    if not states:
+        return weights
     inner = _split(weights)
     merged = inner["params"] if inner.keys() == {"params"} and "" not in inner["params"] else weights
     for state in states:

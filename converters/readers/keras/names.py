@@ -16,13 +16,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
 from converters.errors import CheckpointError, DamagedCheckpoint
-from converters.readers.keras.hdf5 import Hdf5
+from converters.readers.keras.hdf5.messages import Attribute
+from converters.readers.keras.hdf5.structures import Dataset
 
 __all__ = [
+    "METRICS",
     "OPTIMIZERS",
+    "Groups",
     "Layer",
     "Variable",
     "is_vars",
@@ -35,6 +38,7 @@ __all__ = [
 
 CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # where a model keeps its layers; the latter before Keras 3
 OPTIMIZERS = ("optimizer", "optimizer_weights")
+METRICS = "metrics"  # where Keras 2 keeps, beside a model's layers, what its metrics have counted
 LONGEST_PATH = 512  # characters
 TOP = "top_level_model_weights"  # where an older .h5 keeps what belongs to no layer
 ATTENTION = {  # attributes of attention: the names of the layers there
@@ -58,6 +62,20 @@ ROLES = {  # class, as paths spell it: its variables in the order in which Keras
 }
 OPTIONAL = {"bias": "use_bias", "gamma": "scale", "beta": "center"}  # role: the setting that leaves it out
 KERAS_1 = {"W": "kernel", "b": "bias"}
+
+
+class Groups(Protocol):
+    """An HDF5 file, or several, as far as names need them."""
+
+    @property
+    def groups(self) -> Mapping[str, Mapping[str, Attribute]]: ...
+
+    @property
+    def datasets(self) -> Mapping[str, Dataset]: ...
+
+    def text(self, group: str, name: str) -> str | None: ...
+
+    def texts(self, group: str, name: str) -> list[str] | None: ...
 
 
 @dataclass(frozen=True)
@@ -103,12 +121,12 @@ def list_layers(model: Any, prefix: str = "") -> Iterator[Layer]:
         yield from inner
 
 
-def name_modern(hdf5: Hdf5, layers: list[Layer]) -> Iterator[Variable]:
+def name_modern(hdf5: Groups, layers: list[Layer]) -> Iterator[Variable]:
     """The variables of a .weights.h5: every dataset in a group called `vars`."""
     holders: dict[str, list[str]] = {}
     for dataset in sorted(hdf5.datasets, key=natural):
         group = dataset.rpartition("/")[0]
-        if is_vars(group) and dataset.split("/")[0] not in OPTIMIZERS:
+        if is_vars(group) and dataset.split("/")[0] not in (*OPTIMIZERS, METRICS):
             holders.setdefault(group, []).append(dataset)
     settings = {layer.path: layer.settings for layer in layers}
     known = {_layer_path(group): hdf5.text(group, "name") for group in hdf5.groups if is_vars(group)}
@@ -169,7 +187,7 @@ def _spell(path: str, known: Mapping[str, str | None], listed: set[str] | None) 
     return "/".join(module), "/".join(full)
 
 
-def name_legacy(hdf5: Hdf5, root: str, layers: list[Layer]) -> Iterator[Variable]:
+def name_legacy(hdf5: Groups, root: str, layers: list[Layer]) -> Iterator[Variable]:
     """The variables of an older .h5, whose layers are members of the group `root`, as its attributes list them."""
     by_name = {layer.name: layer for layer in layers}
     listed = dict.fromkeys(hdf5.texts(root, "layer_names") or ())
@@ -189,7 +207,7 @@ def name_legacy(hdf5: Hdf5, root: str, layers: list[Layer]) -> Iterator[Variable
                 yield Variable(dataset, f"{layer}//{module}", short, full, role)
 
 
-def _weights(hdf5: Hdf5, group: str, layer: str) -> dict[str, dict[str, str]]:
+def _weights(hdf5: Groups, group: str, layer: str) -> dict[str, dict[str, str]]:
     """A layer's datasets and their roles, by the module in their names."""
     if group not in hdf5.groups:
         raise DamagedCheckpoint("is listed in layer_names and is not there", tensor=layer)

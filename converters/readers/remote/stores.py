@@ -1,8 +1,8 @@
 """Remote stores: where one file behind a URL lies, what its server says of it, and its bytes by range.
 
-http and https are read with the standard library; every other scheme is fsspec's. A store opens the file that its
-URL names and nothing else: no neighbour, no redirect to another scheme. Nothing is sent that the URL or the
-store's own configuration does not hold.
+http and https are read with the standard library; every other scheme is fsspec's, and may name a folder too. A store
+opens the file that its URL names and nothing else: no neighbour, no redirect to another scheme. Nothing is sent that
+the URL or the store's own configuration does not hold.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from urllib.parse import quote, urlsplit
 
 from converters.errors import CheckpointError, UnknownFormat, UnsafeCheckpoint, printable
 
-__all__ = ["State", "Store", "Transient", "find_store", "without_secrets"]
+__all__ = ["Folder", "State", "Store", "Transient", "find_store", "without_secrets"]
 
 TIMEOUT = 30.0  # seconds without a byte
 PROBE = 1 << 16  # bytes of the first request, which asks whether the server reads by ranges
 PIECE = 1 << 20
+MAX_NAMES = 10_000  # in a folder
+ODD = re.compile(r"^\.{0,2}$|[\\:?#\0]")  # a name that would lead elsewhere, or not be read as it is
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 INDIRECT = {  # fsspec's schemes that open local files, or files that another file names
     *("file", "local", "asynclocal", "data", "dir", "git", "reference", "zip", "tar", "libarchive", "dask"),
@@ -61,6 +63,14 @@ class Store(Protocol):
         """The whole file."""
 
 
+@dataclass(frozen=True)
+class Folder:
+    """A remote folder: the names of what lies in it."""
+
+    files: frozenset[str]
+    folders: frozenset[str]
+
+
 def without_secrets(url: str) -> str:
     """A URL as it may be shown: without user and password, query and fragment.
 
@@ -72,8 +82,8 @@ def without_secrets(url: str) -> str:
     return f"{scheme.lower()}://{host.rpartition('@')[2]}{slash}{path}"
 
 
-def find_store(url: str) -> Store:
-    """The store of a URL, asked once. Raises CheckpointError and Transient."""
+def find_store(url: str) -> Store | Folder:
+    """What a URL names, asked once. Raises CheckpointError and Transient."""
     shown = without_secrets(url)
     scheme = shown.partition("://")[0]
     if scheme in ("http", "https"):
@@ -82,7 +92,8 @@ def find_store(url: str) -> Store:
         raise CheckpointError("is a local file", file=shown, cure="give its path, without the scheme")
     if scheme in INDIRECT or "::" in url:
         raise UnsafeCheckpoint("names files through other files, which is not followed", file=shown)
-    return _FsspecStore(url, shown)
+    store = _FsspecStore(url, shown)
+    return store.list() if store.is_folder else store
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -193,7 +204,19 @@ class _FsspecStore:
                     raise
                 problem = f"{self._scheme}:// is a scheme that nothing here reads"
                 raise CheckpointError(problem, file=shown, cure="use hf, https, s3, gs or a path") from error
+        self.is_folder = False
         self.state = self._look()
+
+    def list(self) -> Folder:
+        """What a folder holds under plain names."""
+        with self._faults():
+            found = self._fs.ls(self._path, detail=True)
+        if len(found) > MAX_NAMES:
+            raise UnsafeCheckpoint(f"holds more than {MAX_NAMES} files", file=self._shown)
+        kinds = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] for entry in found}
+        plain = {name: kind for name, kind in kinds.items() if not ODD.search(name)}
+        files, folders = ({name for name in plain if plain[name] == kind} for kind in ("file", "directory"))
+        return Folder(frozenset(files), frozenset(folders))
 
     def read(self, start: int, end: int) -> bytes:
         with self._faults():
@@ -214,12 +237,14 @@ class _FsspecStore:
     def _look(self) -> State:
         with self._faults():
             if self._scheme == "hf":
-                info: Mapping[str, Any] = self._fs.info(self._path, refresh=True, expand_info=True)
+                is_inside = self._path.strip("/").count("/") > 1  # of a repository: all its commits would be listed
+                info: Mapping[str, Any] = self._fs.info(self._path, refresh=True, expand_info=is_inside)
             else:
                 self._fs.invalidate_cache()
                 info = self._fs.info(self._path)
         if info.get("type") == "directory":
-            raise CheckpointError("is a folder", file=self._shown, cure="name one file in it, or fetch the folder")
+            self.is_folder = True
+            return State(-1)
         if info.get("size") is None:
             raise CheckpointError("does not say how large it is", file=self._shown, cure="fetch it by other means")
         version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")

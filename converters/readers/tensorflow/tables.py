@@ -26,6 +26,7 @@ __all__ = ["Tables", "open_tables"]
 
 LAYOUT = replace(TENSORFLOW, fills=False)
 MAX_SLICES = 1 << 17
+MAX_NAME = 1 << 12  # bytes; every slice's key holds it
 MOST_GROWTH = 32 * 8  # times: snappy's 32, and 8 bytes from one of a packed number
 
 
@@ -78,6 +79,8 @@ def _meta(table: Table) -> Message:
 def _add(saved: Message, table: Table, found: dict[str, _Tensor]) -> int:
     """Enter a SavedSliceMeta; the number of its slices."""
     name = saved.text(1)
+    if len(name) > MAX_NAME:
+        raise UnsafeCheckpoint(f"a name has {len(name)} characters", file=table.file.path, tensor=name)
     with blame(table.file, name):
         shape, dtype = tensorflow_shape(saved.message(2)), saved.integer(3)
         tensor = found.setdefault(name, _Tensor(table.file, shape, dtype))

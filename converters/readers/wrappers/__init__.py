@@ -18,18 +18,18 @@ from converters.errors import CheckpointError, UnsafeCheckpoint, printable
 from converters.readers.pickles import Opaque
 from converters.readers.wrappers.companions import annotate, separate, unpack
 from converters.readers.wrappers.plain import Plain
-from converters.readers.wrappers.prefixes import are_rivals, group_by_prefix, strip_prefixes
+from converters.readers.wrappers.prefixes import are_rivals, group_by_prefix, is_averaged, strip_prefixes
 from converters.tensors import LazyTensor
 
 __all__ = ["Unwrapped", "unwrap"]
 
 RAW = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
-AVERAGED = ("state_dict_ema", "model_state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "params_ema")
 ASIDE = {  # a word in a name: what such a thing is, whatever it holds
     **dict.fromkeys(("optim", "optimizer", "optimizers"), "optimizer state"),
     **dict.fromkeys(("sched", "scheduler", "schedulers"), "scheduler state"),
     **dict.fromkeys(("amp", "scaler"), "loss scaler state"),
     "rng": "random generator state",
+    "metrics": "what metrics have counted",
 }
 ADAPTERS = frozenset({"lora_A", "lora_B", "lora_up", "lora_down"})
 PACKED = frozenset({"_packed_params", "qweight", "qzeros", "SCB", "absmax"})
@@ -57,7 +57,7 @@ def unwrap(tree: dict[str, Any], path: Path, *, key: str | None = None, ema: boo
     steps, prefix = _follow(tree, key or "")
     node = steps[-1][0][steps[-1][1]] if steps else tree
     unwrapper = _Unwrapper(path, ema, [name for name, value in node.items() if isinstance(value, dict)])
-    unwrapper.met_average = any(name in AVERAGED for _, name in steps)
+    unwrapper.met_average = any(is_averaged(name) for _, name in steps)
     found = unwrapper.open(node, len(steps), prefix)
     for parent, name in reversed(steps):
         found = unwrapper.wrap(parent, name, found)
@@ -84,7 +84,8 @@ class _Unwrapper:
         if {"state", "param_groups"} <= node.keys():
             raise CheckpointError("holds no weights, only optimizer state", file=self.path)
         nested = [name for name, value in node.items() if self.holds(value) and not _aside(name)]
-        raw, averaged = ([name for name in names if name in nested] for names in (RAW, AVERAGED))
+        raw, averaged = [name for name in RAW if name in nested], [name for name in nested if is_averaged(name)]
+        raw = raw or [name for name in nested if any(_is_copy(node[name], node[other]) for other in averaged)]
         loose = False
         if not raw and not averaged:
             loose = any(_is_tensor(value) and not _aside(name) for name, value in node.items())
@@ -231,6 +232,11 @@ def _follow(tree: dict[str, Any], key: str) -> tuple[list[tuple[dict[str, Any], 
 def _is_tensor(value: Any) -> bool:
     """Whether this is a tensor, or was one where it was saved."""
     return isinstance(value, LazyTensor) or (isinstance(value, Opaque) and value.why is not None)
+
+
+def _is_copy(one: dict[str, Any], averaged: dict[str, Any]) -> bool:
+    """Whether the same model's weights may be in both: all that are averaged are in the other."""
+    return one is not averaged and averaged.keys() <= one.keys()
 
 
 def _is_mmengine(node: dict[str, Any]) -> bool:

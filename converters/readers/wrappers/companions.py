@@ -20,7 +20,7 @@ SLOT = re.compile(
     r"(.+)/(Adadelta|Adagrad|Adam|AdamW|Adamax|Ftrl|LAMB|LARS|Lion|Momentum|Nadam|RMSProp|adam_m|adam_v)(_\d+)?"
 )
 OPTIMIZER = "/.OPTIMIZER_SLOT/"  # stands in the name of whatever an optimizer of TensorFlow 2 keeps
-COUNTERS = {"global_step": "step counter", "save_counter": "step counter"}
+COUNTERS = dict.fromkeys(("global_step", "save_counter", "step"), "step counter")
 COUNTERS |= {"beta1_power": "optimizer state", "beta2_power": "optimizer state"}
 PACKED = "_packed_params."  # of torch's quantized linear layers
 PARAMETRIZED = "parametrizations.weight."
@@ -78,7 +78,7 @@ def _without_slots(tensors: dict[str, LazyTensor]) -> tuple[dict[str, LazyTensor
             set_aside[f"**{OPTIMIZER}**"] = "optimizer state"
         elif slot and slot[1] in tensors:
             set_aside[f"**/{slot[2]}{slot[3] or ''}"] = "optimizer state"
-        elif name in COUNTERS:
+        elif name in COUNTERS and not (name == "step" and tensor.spec.shape):
             set_aside[name] = COUNTERS[name]
         else:
             weights[name] = tensor

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from converters.tensors import LazyTensor
 
-__all__ = ["are_rivals", "group_by_prefix", "strip_prefixes"]
+__all__ = ["are_rivals", "group_by_prefix", "is_averaged", "strip_prefixes"]
 
 PREFIX = "module."  # DataParallel, DistributedDataParallel, AveragedModel
 SEGMENT = "_orig_mod"  # torch.compile, around whichever submodule it was given
 COUNTERS = frozenset({"n_averaged", "steps", "num_updates", "decay"})  # stand beside `module.` names
 MAX_PREFIXES = 8
+AVERAGED = frozenset({"ema", "averaged", "average", "avg", "swa", "polyak"})  # words in the names of averaged weights
 FOLLOWERS = {  # a part's name: that of its moving average, in self-supervised training
     "student": "teacher",
     "encoder_q": "encoder_k",
@@ -19,6 +21,7 @@ FOLLOWERS = {  # a part's name: that of its moving average, in self-supervised t
     "online_encoder": "target_encoder",
     "online_network": "target_network",
     "online_net": "target_net",
+    "online_model": "ema_model",
 }
 FOLLOWER_FORMS = ("momentum_{}", "{}_momentum", "ema_{}", "{}_ema", "target_{}", "teacher_{}")
 
@@ -54,6 +57,15 @@ def group_by_prefix(tensors: dict[str, LazyTensor], prefix: str = "") -> dict[st
         else:
             parts[name] = tensor
     return parts
+
+
+def is_averaged(name: str) -> bool:
+    """Whether weights of this name are averages of those that training steps made.
+
+    >>> [name for name in ("model_ema", "swa_model", "params-ema", "schema", "ema.0.conv") if is_averaged(name)]
+    ['model_ema', 'swa_model', 'params-ema']
+    """
+    return "." not in name and not AVERAGED.isdisjoint(re.split(r"[_\W]", name.lower()))
 
 
 def are_rivals(parts: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_integrity_is_what_the_format_has(forms: Path) -> None:
         "orbax": "CRC-32C of the database's index and of small arrays",
         "orbax_folders": "none in format",
     }
+
+
+@pytest.mark.parametrize("form", ["orbax", "orbax_folders", "orbax_zarr3", "orbax_manager"])
+def test_without_metadata_the_paths_tell_the_names(form: str, forms: Path, tmp_path: Path) -> None:
+    shutil.copytree(forms / form, tmp_path / form)
+    for path in (tmp_path / form).rglob("_METADATA"):
+        path.unlink()
+    listed, found = open_checkpoint(forms / form), open_checkpoint(tmp_path / form)
+    assert (found.specs, found.wrappers) == (listed.specs, listed.wrappers)
+    assert all(found.tensors[name].read() == tensor.read() for name, tensor in listed.tensors.items())
+    assert any("without _METADATA" in note for note in found.notes)
 
 
 def test_a_folder_of_several_steps_asks_which(forms: Path, tmp_path: Path) -> None:

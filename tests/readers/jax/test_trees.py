@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from converters.readers.jax.trees import arrange
+from converters.readers.jax.trees import Arranged, arrange
 from converters.tensors import LazyTensor, TensorSpec
 
 OPTIMIZER, STEP, RANDOM = "optimizer state", "step counter", "random generator state"
@@ -65,7 +65,14 @@ def test_arrange(case: str) -> None:
     assert (arranged.wrappers, arranged.set_aside) == (wrappers, set_aside)
 
 
+def contents(arranged: Arranged) -> dict[str, list[str]]:
+    return {top: list(names) for top, names in arranged.tree.items()}
+
+
 def test_averaged_weights_stand_beside_the_raw_ones() -> None:
-    arranged = arrange(tensors("params/w batch_stats/m ema_params/w step"))
-    assert {top: list(names) for top, names in arranged.tree.items()} == {"params": ["w", "m"], "ema_params": ["w"]}
-    assert arranged.set_aside == {"step": STEP}
+    for averaged in ("ema_params", "params_ema", "averaged_params"):
+        arranged = arrange(tensors(f"params/w batch_stats/m {averaged}/w step"))
+        assert contents(arranged) == {"params": ["w", "m"], averaged: ["w", "m"]}
+        assert arranged.set_aside == {"step": STEP}
+    arranged = arrange(tensors("params/w batch_stats/m ema_params/w ema_batch_stats/n"))
+    assert contents(arranged) == {"params": ["w", "m"], "ema_params": ["w", "n"]}

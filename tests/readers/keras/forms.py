@@ -108,6 +108,9 @@ def main(out):
     for name, model in models.items():
         randomize(model)
         model.save_weights(out / f"{name}.weights.h5")
+        model.save_weights(
+            out / f"{name}.weights.json", max_shard_size=1.2e-6
+        )  # GiB: a layer may lie across two shards
         model.save(out / f"{name}.keras")
         model.save(out / f"{name}.h5")
         with h5py.File(out / f"{name}.legacy.h5", "w") as file:

@@ -54,6 +54,7 @@ FORMS = [  # file, integrity, writer, names that differ because the form does no
     ("zoo.h5", NONE, "Keras 3.", {}),
     ("zoo.legacy.h5", NONE, "Keras 3.", STEM),
     ("zoo.weights.h5", NONE, "None", VARIABLE),
+    ("zoo.weights.json", NONE, "None", VARIABLE),
     *((f"trained.{end}", CRC if end == "keras" else NONE, "Keras 3.", {}) for end in ("keras", "h5", "legacy.h5")),
     ("trained.weights.h5", NONE, "None", {}),
 ]
@@ -79,7 +80,7 @@ def test_a_file_without_names_is_read_by_path(forms: Path, expected: dict[str, d
     assert len(found) == len(expected["zoo"])
 
 
-@pytest.mark.parametrize("form", ["trained.keras", "trained.h5", "trained.weights.h5"])
+@pytest.mark.parametrize("form", ["trained.keras", "trained.h5", "trained.weights.h5", "trained.weights.json"])
 def test_the_optimizer_is_set_aside(form: str, forms: Path, expected: dict[str, dict[str, Any]]) -> None:
     checkpoint = open_checkpoint(forms / form)
     assert checkpoint.format == "Keras"
@@ -150,6 +151,15 @@ def test_what_is_not_of_keras_says_so(tmp_path: Path) -> None:
         keras.read(tmp_path / "other.h5")
     assert not keras.accepts(tmp_path, b"")
     assert not keras.accepts(tmp_path / "other.h5", b"PK\x03\x04")
+
+
+def test_what_keras_2_counts_beside_layers_is_set_aside(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "old.weights.h5", "w") as file:
+        for place in ("layers/dense/vars/0", "metrics/mean/vars/0", "metrics/mean/vars/1", "optimizer/vars/0"):
+            file[place] = np.zeros((2, 2), "f4")
+    found = open_checkpoint(tmp_path / "old.weights.h5")
+    assert list(found.tensors) == ["layers/dense/kernel"]
+    assert found.set_aside == {"optimizer.**": "optimizer state", "metrics.**": "what metrics have counted"}
 
 
 def test_what_no_layer_lists_is_not_lost(tmp_path: Path) -> None:
