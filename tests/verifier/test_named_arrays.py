@@ -1,4 +1,4 @@
-"""The runners of models that are arrays by name: TensorFlow's graphs and Flax's modules, from code of the user's own."""
+"""The runners of models that are arrays by name: TensorFlow's graphs and Flax's modules, from anybody's code."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 "size": [height, width, channels]}. FACTORY(images, **args), or of a class FACTORY(**args)(images), adds the model to a
 graph and gives its logits, alone or before a table of endpoints; an argument {"attribute": NAME} is what the module
 has by that name. `scope` is a function of the module that gives the arg_scope to call it in. `training` is the
-argument, of either, that says whether batch norms take statistics ("is_training"). A checkpoint is what a Saver wrote,
-by its prefix.
+argument, where either is given it, that says whether batch norms take statistics ("is_training"). A checkpoint is what
+a Saver wrote, by its prefix.
 Outputs: "0" or "logits", or the name of an endpoint; of one pixel each, as a vector.
 """
 
@@ -107,8 +107,8 @@ class TensorFlowGraph(NamedArrays):
         args, scope_args = dict(self.model.get("args", {})), dict(self.model.get("scope_args", {}))
         args = {key: _named(value, module) for key, value in args.items()}
         switch = self.model.get("training", "is_training")
-        if "scope" in self.model:
-            (scope_args if switch in scope_args else args)[switch] = training
+        for table in (args, scope_args):
+            table.update({switch: training} if switch in table else {})
         factory = getattr(module, self.model["factory"])
         graph = tf.Graph()
         with graph.as_default():
