@@ -91,29 +91,15 @@ def run_mutants(
     *,
     seed: int = 0,
     weights: Mapping[str, Any] | None = None,
-<<<<<<< HEAD
     deviation: Sequence[Mapping[str, Any]] = (),
-=======
-    allowed: float = 0.0,
     models: Mapping[str, Any] | None = None,
->>>>>>> main
 ) -> Mutants:
     """Damage the emitted folder's model in memory, in one way after another, and compare it with the recording.
 
     Only the target runs: on one probe, in the recording's best precision. `weights` stand in the place of the
-<<<<<<< HEAD
-    folder's own. Where the modules that the mapping's `deviation` names can be given what the source's have, and are
-    exact then, mutants are judged so; else by the error that is declared. Raises TargetError.
-    """
-    with single_threaded():
-        precision = "float64" if "float64" in recording.outputs else "float32"
-        models = {name: load_target(directory, name, weights) for name in sorted({"float64", precision})}
-        trial = _Trial(models, recording, precision, sum(one["bound"] for one in deviation))
-        if deviation:
-            trial.mend(deviation)
-=======
-    folder's own, `allowed` is the error that the mapping declares; `models` are those that are loaded already, by
-    precision. Raises TargetError.
+    folder's own; `models` are those that are loaded already, by precision. Where the modules that the mapping's
+    `deviation` names can be given what the source's have, and are exact then, mutants are judged so; else by the error
+    that is declared. Raises TargetError.
     """
     with single_threaded():
         precision = "float64" if "float64" in recording.outputs else "float32"
@@ -121,8 +107,9 @@ def run_mutants(
             name: (models or {}).get(name) or load_target(directory, name, weights)
             for name in sorted({"float64", precision})
         }
-        trial = _Trial(ready, recording, precision, allowed)
->>>>>>> main
+        trial = _Trial(ready, recording, precision, sum(one["bound"] for one in deviation))
+        if deviation:
+            trial.mend(deviation)
         found = [one for number, kind in enumerate(KINDS) for one in _try(trial, kind, number, seed)]
     mutants = tuple(one for one in found if isinstance(one, Mutant))
     return Mutants(seed, mutants, tuple(one for one in found if isinstance(one, Undetectable)))
