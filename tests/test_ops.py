@@ -146,7 +146,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, sqrt, sub, sum, add, scale, std_eps, einops ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, abs, sqrt, sub, sum, add, scale, std_eps, ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),
