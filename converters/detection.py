@@ -18,13 +18,14 @@ from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
-from converters.names import prefixes, split
+from converters.names import Pattern
 from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
 from converters.preprocessing import fold_normalization, read_preprocessing, take_bgr
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.signature import read_signature
 from converters.target import build_skeleton, is_known, traits_of
+from converters.values import filled
 
 __all__ = ["Nearest", "applying_families", "find_nearest", "find_plan", "name_digest", "reference_of"]
 
@@ -207,9 +208,11 @@ def _plan_for(
 
 def _with_preprocessing(plan: Plan, checkpoint: Checkpoint, asked: _Asked) -> Plan:
     """The plan with what the file says of its model's input, or the user."""
-    found = read_preprocessing(checkpoint.metadata)
-    plan = replace(plan, preprocess={**plan.mapping.preprocess, **found.values})
-    plan = take_bgr(plan) if (found.bgr if asked.ways.bgr is None else asked.ways.bgr) else plan
+    found, row = read_preprocessing(checkpoint.metadata), plan.mapping.targets.get(plan.skeleton.architecture, {})
+    values = {**filled(plan.mapping.preprocess, row), **found.values}
+    bgr = values.pop("bgr", False) or found.bgr if asked.ways.bgr is None else asked.ways.bgr
+    plan = replace(plan, preprocess=values)
+    plan = take_bgr(plan) if bgr else plan
     return fold_normalization(plan) if asked.ways.fold else plan
 
 
@@ -257,7 +260,10 @@ def _only(closed: list[Plan], checkpoint: Checkpoint) -> Plan:
 
 
 def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The reasons that the file can neither confirm nor rule out. Raises NotExpressible for one that it confirms."""
+    """What is to be told, and the reasons that the file can neither confirm nor rule out.
+
+    Raises NotExpressible for one that it confirms.
+    """
     routes = route(mapping, checkpoint.specs)
     unsure: list[Refusal] = []
     for refusal in mapping.refuse:
@@ -267,7 +273,8 @@ def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
             )
         if refusal.unless and not _holds(refusal.unless, checkpoint, routes):
             unsure.append(refusal)
-    return tuple(f"the file does not say whether {refusal.reason}; its tensors cannot tell" for refusal in unsure)
+    told = [mapping.caveat] if mapping.caveat else []
+    return (*told, *(f"the file does not say whether {one.reason}; its tensors cannot tell" for one in unsure))
 
 
 def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> bool:
@@ -276,7 +283,8 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
         texts = [when.metadata] if isinstance(when.metadata, str) else when.metadata
         if not any(_squeezed(text) in said for text in texts):
             return False
-    return when.source is None or split(when.source) in prefixes(item.segments for item in routes)
+    pattern = Pattern.parse(when.source) if when.source else None
+    return pattern is None or any(pattern.match(item.segments) for item in routes)
 
 
 def _squeezed(text: str) -> str:
