@@ -120,7 +120,7 @@ class MappingFile(_Strict):
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
     fill: dict[str, int | float | FillFile] = {}
-    enumerate: dict[str, str] = {}
+    enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}  # a list: in the order in which the target has them
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     preprocess: dict[str, ConstantFile | list[float] | Plain] = {}
     reference: ReferenceFile | list[ReferenceFile] = []

@@ -43,10 +43,16 @@ class Skeleton:
         """Every tensor and every module around one, as segments."""
         return prefixes(map(split, self.specs))
 
-    def number(self, pattern: Pattern) -> list[dict[str, int | str]]:
-        """The captures of every module that the pattern finds, in order of their numbers."""
-        found = {tuple(m.captures.items()) for name in self.specs if (m := pattern.match(split(name)))}
-        return [dict(captures) for captures in sorted(found, key=lambda c: [value for _, value in c])]
+    def number(self, *patterns: Pattern) -> list[dict[str, int | str]]:
+        """The captures of every module that the patterns find, in order of their numbers; of several, of the model."""
+        found = {
+            (pattern.text, tuple(match.captures.items())): dict(match.captures)
+            for name in self.specs
+            for pattern in patterns
+            if (match := pattern.match(split(name)))
+        }
+        ordered = list(found.values())
+        return ordered if len(patterns) > 1 else sorted(ordered, key=lambda captures: list(captures.values()))
 
 
 def is_known(architecture: str) -> bool:
