@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
+__all__ = ["CALCULATING", "IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
 
 Tensors = list["torch.Tensor"]
 
@@ -332,5 +332,10 @@ def _std_eps(tensors: Tensors, source: float, target: float) -> Tensors:
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
 _GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": _abs, "sqrt": _sqrt, "sub": _sub, "sum": _sum}
+<<<<<<< HEAD
 _CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale, "std_eps": _std_eps}
 _CONSTANTS = {"add": 1, "scale": 1, "std_eps": 2}  # how many each takes
+=======
+_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}
+CALCULATING = frozenset({*_GATHERING, *_CONSTANT})  # words of ops that compute elements, and round them
+>>>>>>> main
