@@ -14,8 +14,9 @@ from converters.description import fill_reference
 from converters.detection import find_plan, reference_of
 from converters.errors import ConverterError, NotExpressible, PlanError, TargetError
 from converters.mapping import Mapping, find_mappings
-from converters.plan import Plan, Route, route
+from converters.plan import Plan
 from converters.readers import Checkpoint, open_checkpoint
+from converters.routes import Route, route
 from converters.schema import ReferenceFile
 from converters.target import build_skeleton, traits_of
 from converters.tensors import LazyTensor, TensorSpec

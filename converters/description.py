@@ -16,8 +16,9 @@ from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings
 from converters.names import split
 from converters.ops import Pipeline
-from converters.plan import Plan, route
+from converters.plan import Plan
 from converters.readers import Checkpoint
+from converters.routes import route
 from converters.schema import ReferenceFile
 from converters.target import Skeleton
 from converters.tensors import to_torch

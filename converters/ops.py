@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from converters.calculations import add, difference, magnitude, root, scale, std_eps, total
+
 if TYPE_CHECKING:
     import torch
 
@@ -317,42 +319,8 @@ def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
     return Op(text, run, None)
 
 
-def _sum(tensors: Tensors) -> Tensors:
-    import torch
-
-    return [torch.stack(tensors).sum(0)]
-
-
-def _sub(tensors: Tensors) -> Tensors:
-    import torch
-
-    return [tensors[0] - torch.stack([torch.zeros_like(tensors[0]), *tensors[1:]]).sum(0)]
-
-
-def _abs(tensors: Tensors) -> Tensors:
-    return [tensor.abs() for tensor in tensors]
-
-
-def _sqrt(tensors: Tensors) -> Tensors:
-    return [tensor.sqrt() for tensor in tensors]
-
-
-def _add(tensors: Tensors, constant: float) -> Tensors:
-    return [tensor + constant for tensor in tensors]
-
-
-def _scale(tensors: Tensors, constant: float) -> Tensors:
-    return [tensor * constant for tensor in tensors]
-
-
-def _std_eps(tensors: Tensors, source: float, target: float) -> Tensors:
-    kernels = [tensor.flatten(1) for tensor in tensors]
-    scales = [(target / (2 * source * k.std(1, correction=0) + source**2)) ** 0.5 for k in kernels]
-    return [(k * scale[:, None]).reshape(t.shape) for k, scale, t in zip(kernels, scales, tensors, strict=True)]
-
-
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
-_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": _abs, "sqrt": _sqrt, "sub": _sub, "sum": _sum}
-_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale, "std_eps": _std_eps}
+_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": magnitude, "sqrt": root, "sub": difference, "sum": total}
+_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": add, "scale": scale, "std_eps": std_eps}
 _CONSTANTS = {"add": 1, "scale": 1, "std_eps": 2}  # how many each takes

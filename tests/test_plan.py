@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.mapping import load_mapping
-from converters.plan import Plan, make_plan, read_off, route
+from converters.plan import Plan, make_plan, read_off
+from converters.routes import route
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from named_arrays import NamedArrays, unprefixed
 
-__all__ = ["Modules", "build", "construct"]
+__all__ = ["FlaxModel", "Modules", "Table", "build", "construct"]
 
 DECLARED = {"epsilon": "eps", "kernel_size": "kernel_size", "strides": "stride", "num_heads": "num_heads"}
 SIZE = (64, 64, 3)

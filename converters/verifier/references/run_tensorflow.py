@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from named_arrays import NamedArrays
 
-__all__ = ["build", "construct"]
+__all__ = ["TensorFlowGraph", "build", "construct"]
 
 AVERAGE = "ExponentialMovingAverage"
 SIZE = (64, 64, 3)
