@@ -149,7 +149,6 @@ def _leftovers(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-<<<<<<< HEAD
 def _write_arrays(model: Any, job: Mapping[str, Any]) -> None:
     import numpy as np
 
@@ -158,10 +157,7 @@ def _write_arrays(model: Any, job: Mapping[str, Any]) -> None:
     model.write(job["out"], seed, batch.astype("float32"))
 
 
-def _write_keras(model: Any, job: Mapping[str, Any]) -> None:
-=======
 def _write_keras(model: Any, job: Mapping[str, Any], runner: Any) -> None:
->>>>>>> main
     import keras
     import numpy as np
 
