@@ -44,15 +44,14 @@ class Signature:
 
     def applies(self, names: Collection[str]) -> bool:
         """Whether a checkpoint with these names may be of the family."""
-        text = "\n".join(names)
-        if not self.renumber and not all(
-            any(_literal(one.text) in text for one in patterns) for patterns in self.detect
-        ):
-            return False
-        segments = [split(name) for name in names]
-        if self.strip or self.renumber:
-            segments += self.segments(names).values()
-        return all(any(one.match(name) for one in patterns for name in segments) for patterns in self.detect)
+        return all(any(self._is_there(one, names) for one in patterns) for patterns in self.detect)
+
+    def _is_there(self, pattern: Pattern, names: Collection[str]) -> bool:
+        literals = _literals(pattern.text)
+        near = [name for name in names if all(literal in name for literal in literals)]
+        return any(pattern.match(split(name)) for name in near) or (
+            bool(self.strip) and any(pattern.match(self.stripped(name)) for name in near)
+        )
 
 
 @lru_cache(maxsize=256)
@@ -78,10 +77,10 @@ def read_signature(text: str) -> Signature | None:
 
 
 @lru_cache(maxsize=4096)
-def _literal(pattern: str) -> str:
-    """The longest text that every name has which the pattern matches.
+def _literals(pattern: str) -> tuple[str, ...]:
+    """What every name has that the pattern matches, the longest first.
 
-    >>> _literal("stages.{i}.blocks.*.attn.w_msa.{q|k}")
-    'stages'
+    >>> _literals("stages.{i}.blocks.*.attn.{q|k}")
+    ('stages', 'blocks', 'attn')
     """
-    return max(_NOT_LITERAL.split(pattern), key=len)
+    return tuple(sorted(filter(None, _NOT_LITERAL.split(pattern)), key=len, reverse=True))
