@@ -81,15 +81,15 @@ class Signature:
 
     def applies(self, specs: Mapping[str, TensorSpec]) -> bool:
         """Whether a checkpoint with these tensors may be of the family."""
-        text = "\n".join(specs)
-        if not self.renumber and not all(
-            any(one.absent or _literal(one.pattern.text) in text for one in signs) for signs in self.detect
-        ):
-            return False
-        names, shapes = [split(name) for name in specs], [spec.shape for spec in specs.values()]
+        return all(any(self._shows(sign, specs) for sign in signs) for signs in self.detect)
+
+    def _shows(self, sign: Sign, specs: Mapping[str, TensorSpec]) -> bool:
+        literals = () if self.renumber else _literals(sign.pattern.text)
+        near = [name for name in specs if all(literal in name for literal in literals)]
+        names, shapes = [split(name) for name in near], [specs[name].shape for name in near]
         if self.strip or self.renumber:
-            names, shapes = [*names, *self.segments(specs).values()], shapes * 2
-        return all(any(sign.found(names, shapes) for sign in signs) for signs in self.detect)
+            names, shapes = [*names, *self.segments(near).values()], shapes * 2
+        return sign.found(names, shapes)
 
 
 @lru_cache(maxsize=256)
@@ -116,10 +116,10 @@ def read_signature(text: str) -> Signature | None:
 
 
 @lru_cache(maxsize=4096)
-def _literal(pattern: str) -> str:
-    """The longest text that every name has which the pattern matches.
+def _literals(pattern: str) -> tuple[str, ...]:
+    """What every name has that the pattern matches, the longest first.
 
-    >>> _literal("stages.{i}.blocks.*.attn.w_msa.{q|k}")
-    'stages'
+    >>> _literals("stages.{i}.blocks.*.attn.{q|k}")
+    ('stages', 'blocks', 'attn')
     """
-    return max(_NOT_LITERAL.split(pattern), key=len)
+    return tuple(sorted(filter(None, _NOT_LITERAL.split(pattern)), key=len, reverse=True))
