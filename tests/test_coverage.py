@@ -29,7 +29,7 @@ def test_the_table_is_what_the_results_say(coverage) -> None:
 def test_every_target_has_its_row(coverage, family: str) -> None:
     mapping = load_mapping(family)
     rows = coverage.read_results()[family]
-    assert {row["family"] for row in rows} == {family}
+    assert {row["family"] for row in rows} <= {family}
     assert {row["target"] for row in rows} == set(mapping.target_names), f"run tools/coverage.py {family}"
     assert {row["outcome"] for row in rows} <= {"exact", "nearly", "closes", "no reference"}
     if mapping.references:
