@@ -87,7 +87,8 @@ def pose(mapping: Mapping, target: str, number: int, img_size: int | None, *, re
         return None
     config = skeleton.model.pretrained_cfg
     asked = img_size if rebuilt or not config.get("fixed_input_size") else None
-    size = [config["input_size"][0], asked, asked] if asked else list(config["input_size"])
+    own = mapping.preprocess.get("input_size", config["input_size"])
+    size = [own[0], asked, asked] if asked else list(own)
     block = fill_reference(reference, mapping, skeleton, size)
     parameters = sum(spec.numel for spec in skeleton.specs.values())
     return Question(target, number, block, tuple(size), asked, parameters, rebuilt)

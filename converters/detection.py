@@ -18,13 +18,14 @@ from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
-from converters.names import prefixes, split
+from converters.names import Pattern
 from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
 from converters.preprocessing import fold_normalization, read_preprocessing, take_bgr
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.signature import read_signature
 from converters.target import build_skeleton, is_known, traits_of
+from converters.values import filled
 
 __all__ = ["Nearest", "applying_families", "find_nearest", "find_plan", "name_digest", "reference_of"]
 
@@ -107,7 +108,7 @@ class Nearest:
 
 
 def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
-    """The family and target whose plan has the fewest problems; None where no family has a row for any tensor."""
+    """The family and target whose plan has the fewest problems; None where no family knows half of the tensors."""
     found: list[Nearest] = []
     asked = _Asked({}, None, Ways())
     applying = [mapping for mapping in applying_families(checkpoint) if not mapping.any_target]
@@ -124,7 +125,7 @@ def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
 
 
 def _alike(checkpoint: Checkpoint) -> list[Family]:
-    """The family that has rows for most of the tensors, among those of which a name is there, or else among all."""
+    """The family with rows for the most tensors, half at least; of those of which a name is there, or else of all."""
     shares: list[tuple[float, str]] = []
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
@@ -135,7 +136,8 @@ def _alike(checkpoint: Checkpoint) -> list[Family]:
     families = families or [mapping for mapping in map(load_mapping, find_mappings()) if not mapping.any_target]
     routes = [route(mapping, checkpoint.specs) for mapping in families]
     rows = [sum(bool(item.match and item.match.rank[1]) for item in items) for items in routes]  # some match anything
-    return [families[rows.index(max(rows))]] if any(rows) else []
+    best = max(rows, default=0)
+    return [families[rows.index(best)]] if best and 2 * best >= len(checkpoint.tensors) else []
 
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
@@ -207,10 +209,18 @@ def _plan_for(
 
 def _with_preprocessing(plan: Plan, reference: ReferenceFile | None, checkpoint: Checkpoint, asked: _Asked) -> Plan:
     """The plan with what the file says of its model's input, or the user."""
+<<<<<<< HEAD
     found = read_preprocessing(checkpoint.metadata)
     published = {**plan.mapping.preprocess, **(reference.preprocess if reference else {})}
     plan = replace(plan, preprocess={**published, **found.values})
     plan = take_bgr(plan) if (found.bgr if asked.ways.bgr is None else asked.ways.bgr) else plan
+=======
+    found, row = read_preprocessing(checkpoint.metadata), plan.mapping.targets.get(plan.skeleton.architecture, {})
+    values = {**filled(plan.mapping.preprocess, row), **found.values}
+    bgr = values.pop("bgr", False) or found.bgr if asked.ways.bgr is None else asked.ways.bgr
+    plan = replace(plan, preprocess=values)
+    plan = take_bgr(plan) if bgr else plan
+>>>>>>> main
     return fold_normalization(plan) if asked.ways.fold else plan
 
 
@@ -258,7 +268,10 @@ def _only(closed: list[Plan], checkpoint: Checkpoint) -> Plan:
 
 
 def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The reasons that the file can neither confirm nor rule out. Raises NotExpressible for one that it confirms."""
+    """What is to be told, and the reasons that the file can neither confirm nor rule out.
+
+    Raises NotExpressible for one that it confirms.
+    """
     routes = route(mapping, checkpoint.specs)
     unsure: list[Refusal] = []
     for refusal in mapping.refuse:
@@ -268,7 +281,8 @@ def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
             )
         if refusal.unless and not _holds(refusal.unless, checkpoint, routes):
             unsure.append(refusal)
-    return tuple(f"the file does not say whether {refusal.reason}; its tensors cannot tell" for refusal in unsure)
+    told = [mapping.caveat] if mapping.caveat else []
+    return (*told, *(f"the file does not say whether {one.reason}; its tensors cannot tell" for one in unsure))
 
 
 def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> bool:
@@ -277,7 +291,8 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
         texts = [when.metadata] if isinstance(when.metadata, str) else when.metadata
         if not any(_squeezed(text) in said for text in texts):
             return False
-    return when.source is None or split(when.source) in prefixes(item.segments for item in routes)
+    pattern = Pattern.parse(when.source) if when.source else None
+    return pattern is None or any(pattern.match(item.segments) for item in routes)
 
 
 def _squeezed(text: str) -> str:

@@ -123,6 +123,7 @@ class Mapping(Signature):
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
+    caveat: str
     taps: tuple[Rule, ...]
     deviation: tuple[tuple[Pattern, Deviation], ...]
     lines: Lines = field(repr=False)
@@ -238,6 +239,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
             for i, one in enumerate(file.detect)
         ),
         strip=tuple(pattern(text.rstrip("./"), "strip", i) for i, text in enumerate(strip)),
+        renumber=tuple(file.renumber),
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
@@ -248,6 +250,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         preprocess=file.model_dump(include={"preprocess"})["preprocess"],
         references=tuple(references),
         refuse=tuple(file.refuse),
+        caveat=file.caveat,
         taps=tuple(rule("taps", left, [right], {}) for left, right in file.taps.items()),
         deviation=tuple((pattern(one.where, "deviation", i, "where"), one) for i, one in enumerate(file.deviation)),
         lines=lines,

@@ -5,6 +5,7 @@ A name is segments between `.` or `/`. In a pattern
     {i}          captures a number within its segment
     {l}          captures one of the words of table `l`, where the mapping has such a table
     {*}          captures any text within a segment
+    {**}         captures any number of whole segments
     {q|k|v}      takes each of these words, in this order: a gather on the left, a scatter on the right; on the
                  left a word may be several segments: {bn.bias|conv.bias}
     *            any text within a segment, not captured
@@ -91,6 +92,7 @@ class Pattern:
     literals: int
     choices: tuple[str, ...] = ()
     tables: Tables = field(default_factory=dict, compare=False)
+    across: tuple[bool, ...] = ()  # of each `**`, whether it is captured
     ways: tuple[Pattern, ...] = ()  # one for each choice, where these are of several segments
 
     @classmethod
@@ -105,10 +107,11 @@ class Pattern:
             shortest = min(ways, key=lambda way: (len(way.segments), way.literals))
             return replace(shortest, text=text, choices=names, ways=ways)
         segments: list[re.Pattern[str] | None] = []
-        literals, choices, seen = 0, tuple[str, ...](), set[str]()
+        literals, choices, seen, across = 0, tuple[str, ...](), set[str](), tuple[bool, ...]()
         for segment in _segments_of(re.sub(r"([./]\*\*)+$", "", text)):
-            if segment == "**":
+            if segment in ("**", "{**}"):
                 segments.append(None)
+                across += (segment != "**",)
                 continue
             if not segment:
                 raise ValueError(f"`{text}` has a segment without text")
@@ -139,7 +142,10 @@ class Pattern:
             if "**" in outline or segment.count("*") > 2:
                 raise ValueError(f"`{segment}` can be read in more than one way; put text between its wildcards")
             segments.append(re.compile(regex))
-        return cls(text, tuple(segments), literals, choices, {k: v for k, v in tables.items() if k in seen})
+        if sum(across) > 1:
+            raise ValueError(f"`{text}` captures {{**}} twice")
+        known = {k: v for k, v in tables.items() if k in seen}
+        return cls(text, tuple(segments), literals, choices, known, across)
 
     def match(self, name: tuple[str, ...]) -> Match | None:
         """What this pattern takes of a name's segments, or None."""
@@ -167,12 +173,15 @@ class Pattern:
     def _match_across(self, name: tuple[str, ...]) -> tuple[int, dict[str, str]] | None:
         """Segments taken by a pattern with `**`, the shortest way first; a table over positions, never exponential."""
         reached: dict[int, dict[str, str]] = {0: {}}
+        captures = iter(self.across)
         for regex in self.segments:
             following: dict[int, dict[str, str]] = {}
+            captured = regex is None and next(captures)
             for position, groups in reached.items():
                 if regex is None:
                     for later in range(position, len(name)):
-                        following.setdefault(later, groups)
+                        more = {"_across": ".".join(name[position:later])} if captured else {}
+                        following.setdefault(later, {**groups, **more})
                 elif position < len(name) and (found := regex.fullmatch(name[position])):
                     following.setdefault(position + 1, {**groups, **found.groupdict()})
             reached = following
@@ -182,11 +191,12 @@ class Pattern:
     def fields(self) -> frozenset[str]:
         """The captures that it gives."""
         words = {word for regex in self.segments if regex for word in regex.groupindex} - {"_choice"}
-        return frozenset("*" if word == "_any" else word for word in words)
+        given = {"*" if word == "_any" else word for word in words}
+        return frozenset(given | ({"**"} if any(self.across) else set()))
 
     def _capture(self, key: str, text: str) -> tuple[str, Value]:
-        if key == "_any":
-            return "*", text
+        if key in ("_any", "_across"):
+            return ("*" if key == "_any" else "**"), text
         return key, self.tables[key][text] if key in self.tables else int(text)
 
 
@@ -213,7 +223,7 @@ class Template:
             elif "|" in inside:
                 pieces.append(("", _words(inside)))
             else:
-                pieces.append(("", ast.Name("*") if inside == "*" else _expression(inside)))
+                pieces.append(("", ast.Name(inside) if inside in ("*", "**") else _expression(inside)))
         return cls(text, tuple(pieces))
 
     @property

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
+__all__ = ["CALCULATING", "IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
 
 Tensors = list["torch.Tensor"]
 
@@ -347,3 +347,4 @@ _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
 _GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": _abs, "sqrt": _sqrt, "sub": _sub, "sum": _sum}
 _CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}
+CALCULATING = frozenset({*_GATHERING, *_CONSTANT})  # words of ops that compute elements, and round them

@@ -100,8 +100,7 @@ class Route:
 def route(mapping: Mapping, specs: Dict[str, TensorSpec]) -> tuple[Route, ...]:
     """Each source's most specific row."""
     routes, taken = [], dict[tuple[str, ...], str]()
-    for name, spec in specs.items():
-        segments = mapping.stripped(name)
+    for (name, segments), spec in zip(mapping.segments(specs).items(), specs.values(), strict=True):
         rows, match = most_specific(mapping.rows, segments)
         problem = None
         if other := taken.get(segments):

@@ -48,7 +48,7 @@ class RowFile(_Strict):
 class Evidence(_Strict):
     """What a checkpoint shows of its origin: all that it names must be there."""
 
-    source: str | None = None  # a module or tensor
+    source: str | None = None  # a module or tensor, as a pattern
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
 
 
@@ -119,14 +119,17 @@ class MappingFile(_Strict):
     rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]] = {}
     target_args: dict[str, Any] = {}
     strip: str | list[str] = []
+    renumber: list[str] = []  # what automatic names begin with; see numbering.py
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
     fill: dict[str, int | float | FillFile] = {}
     enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}  # a list: in the order in which the target has them
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
+    # timm's settings, or `bgr: true`; here too `$name` stands for a value of the target's row
     preprocess: dict[str, ConstantFile | list[float] | Plain] = {}
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
+    caveat: str = ""  # what must be told although plans close
     taps: dict[str, str] = {}  # source module: whose output timm's has, and ops that lay timm's out as the source's
     deviation: list[Deviation] = []
 

@@ -6,17 +6,18 @@ There are many families and a checkpoint is of few; to the others it costs this 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from converters.errors import MappingError
 from converters.names import Pattern, split
+from converters.numbering import renumber
 from converters.strict_yaml import load
 
 __all__ = ["Signature", "read_signature"]
 
-_BLOCKS = re.compile(r"^(?:detect|strip|tables):.*\n?(?:(?![A-Za-z_\"']).*\n)*", re.MULTILINE)
+_BLOCKS = re.compile(r"^(?:detect|strip|renumber|tables):.*\n?(?:(?![A-Za-z_\"']).*\n)*", re.MULTILINE)
 _NOT_LITERAL = re.compile(r"\{[^{}]*\}|[./*]")
 
 
@@ -26,6 +27,7 @@ class Signature:
 
     detect: tuple[tuple[Pattern, ...], ...]  # one of each
     strip: tuple[Pattern, ...]
+    renumber: tuple[str, ...]  # what automatic names begin with
 
     def stripped(self, name: str) -> tuple[str, ...]:
         """A source name's segments without the prefixes that the family may carry."""
@@ -36,14 +38,20 @@ class Signature:
                 segments = found.rest
         return segments
 
+    def segments(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Every source name's segments as the rows see them: without prefixes, automatic names renumbered."""
+        return renumber({name: self.stripped(name) for name in names}, self.renumber)
+
     def applies(self, names: Collection[str]) -> bool:
         """Whether a checkpoint with these names may be of the family."""
         text = "\n".join(names)
-        if not all(any(_literal(one.text) in text for one in patterns) for patterns in self.detect):
+        if not self.renumber and not all(
+            any(_literal(one.text) in text for one in patterns) for patterns in self.detect
+        ):
             return False
         segments = [split(name) for name in names]
-        if self.strip:
-            segments += [self.stripped(name) for name in names]
+        if self.strip or self.renumber:
+            segments += self.segments(names).values()
         return all(any(one.match(name) for one in patterns for name in segments) for patterns in self.detect)
 
 
@@ -63,6 +71,7 @@ def read_signature(text: str) -> Signature | None:
                 for patterns in data["detect"]
             ),
             tuple(Pattern.parse(one.rstrip("./")) for one in ([strip] if isinstance(strip, str) else strip)),
+            tuple(data.get("renumber", [])),
         )
     except (MappingError, AttributeError, KeyError, TypeError, ValueError):
         return None

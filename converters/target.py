@@ -57,7 +57,9 @@ class Skeleton:
             if (match := pattern.match(split(name)))
         }
         ordered = list(found.values())
-        return ordered if len(patterns) > 1 else sorted(ordered, key=lambda captures: list(captures.values()))
+        if len(patterns) > 1:
+            return ordered
+        return sorted(ordered, key=lambda captures: [value for value in captures.values() if isinstance(value, int)])
 
 
 def compute_buffers(skeleton: Skeleton) -> dict[str, Any]:

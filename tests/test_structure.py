@@ -21,7 +21,7 @@ MODULES = {
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("errors", "tensors"),
-    ("card", "names", "ops", "strict_yaml"),
+    ("card", "names", "numbering", "ops", "strict_yaml", "values"),
     ("normalizers",),
     ("schema", "signature", "target", "readers"),
     ("mapping",),

@@ -27,6 +27,7 @@ from converters.plan import Plan
 from converters.readers import Checkpoint, open_checkpoint
 from converters.reports.plans import plan_text
 from converters.tensors import LazyTensor, TensorSpec
+from converters.verifier.worker import run_task
 
 ROOT = Path(__file__).parents[1]
 PLANS, PARITY = ROOT / "tests" / "plans", ROOT / "tests" / "parity"
@@ -73,7 +74,14 @@ def mmpretrain(backbone: Mapping[str, Any], features: int, size: int = 64) -> Ca
 
 
 def keras(application: str, **args: Any) -> Callable[[], Specs]:
-    return lambda: _source(written({"framework": "keras", "model": {"application": application, "args": args}}))
+    def build() -> Specs:
+        with tempfile.TemporaryDirectory() as folder:
+            model = {"runner": "keras", "model": {"application": application, "args": args}}
+            job = {"task": "list_tensors", "runner": "keras", "models": [model], "folder": folder}
+            (answer,) = run_task(job)["models"]
+            return _source(open_checkpoint(answer["file"]))
+
+    return build
 
 
 def tpu(application: str) -> Callable[[], Specs]:
@@ -152,6 +160,20 @@ SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
     "keras/mobilenet_v2": {
         "a classifier": keras("MobileNetV2", alpha=0.35, input_shape=[96, 96, 3]),
         "no top": keras("MobileNetV2", include_top=False, input_shape=[96, 96, 3]),
+    },
+    **{
+        f"keras/{family}": {"a classifier": keras(application, classes=10, input_shape=[size, size, 3])}
+        for family, application, size in (
+            ("convnext", "ConvNeXtTiny", 96),
+            ("densenet", "DenseNet121", 96),
+            ("efficientnet", "EfficientNetB0", 96),
+            ("efficientnet_v2", "EfficientNetV2B0", 96),
+            ("inception_resnet_v2", "InceptionResNetV2", 96),
+            ("mobilenet", "MobileNet", 96),
+            ("mobilenet_v3", "MobileNetV3Small", 96),
+            ("vgg", "VGG16", 224),
+            ("xception", "Xception", 96),
+        )
     },
     "tensorflow/efficientnet": {"b0": tpu("EfficientNetB0"), "b2": tpu("EfficientNetB2")},
     "timm/native": {
