@@ -209,18 +209,12 @@ def _plan_for(
 
 def _with_preprocessing(plan: Plan, reference: ReferenceFile | None, checkpoint: Checkpoint, asked: _Asked) -> Plan:
     """The plan with what the file says of its model's input, or the user."""
-<<<<<<< HEAD
-    found = read_preprocessing(checkpoint.metadata)
-    published = {**plan.mapping.preprocess, **(reference.preprocess if reference else {})}
-    plan = replace(plan, preprocess={**published, **found.values})
-    plan = take_bgr(plan) if (found.bgr if asked.ways.bgr is None else asked.ways.bgr) else plan
-=======
     found, row = read_preprocessing(checkpoint.metadata), plan.mapping.targets.get(plan.skeleton.architecture, {})
-    values = {**filled(plan.mapping.preprocess, row), **found.values}
+    published = {**plan.mapping.preprocess, **(reference.preprocess if reference else {})}
+    values = {**filled(published, row), **found.values}
     bgr = values.pop("bgr", False) or found.bgr if asked.ways.bgr is None else asked.ways.bgr
     plan = replace(plan, preprocess=values)
     plan = take_bgr(plan) if bgr else plan
->>>>>>> main
     return fold_normalization(plan) if asked.ways.fold else plan
 
 
