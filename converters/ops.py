@@ -16,6 +16,8 @@ An op takes a list of tensors and gives a list. It is written as one of
     sqrt                            the square root of every element
     add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
     scale 0.5                       every element is multiplied
+    std_eps 1e-5 1e-8               a kernel, by output channels (axis 0), is scaled so that to divide it by the root of
+                                    its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
 and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
 others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
@@ -31,8 +33,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from converters.arithmetic import CONSTANT, CONSTANTS, GATHERING
 
 if TYPE_CHECKING:
     import torch
@@ -73,19 +77,19 @@ class Op:
             return _share(text, [int(part) for part in rest])
         if word == "copy" and not rest:
             return _COPY
-        if word in _GATHERING and not rest:
-            return _calculating(text, _GATHERING[word])
-        if word in _CONSTANT and len(rest) == 1 and re.fullmatch(_NUMBER, rest[0]):
-            return _calculating(text, partial(_CONSTANT[word], constant=float(rest[0])))
+        if word in GATHERING and not rest:
+            return _calculating(text, GATHERING[word])
+        if len(rest) == CONSTANTS.get(word) and all(re.fullmatch(_NUMBER, part) for part in rest):
+            return _calculating(text, lambda tensors: CONSTANT[word](tensors, *map(float, rest)))
         for words, takes in (
             (_MOVING, "the number of an axis or a place, and nothing else"),
-            ((*_GATHERING, "copy"), "nothing"),
-            (_CONSTANT, "one number"),
+            ((*GATHERING, "copy"), "nothing"),
+            (CONSTANT, "two numbers" if CONSTANTS.get(word) == 2 else "one number"),
             (("split",), "the proportions of two or more parts, each from 1 to 9"),
         ):
             if word in words:
                 raise ValueError(f"`{text}`: {word} takes {takes}")
-        there = ", ".join([*_MOVING, "split", "copy", *_GATHERING, *_CONSTANT])
+        there = ", ".join([*_MOVING, "split", "copy", *GATHERING, *CONSTANT])
         raise ValueError(f"`{text}` is no op; there are {there}, einops patterns, and the entries of `ops:`")
 
 
@@ -315,36 +319,5 @@ def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
     return Op(text, run, None)
 
 
-def _sum(tensors: Tensors) -> Tensors:
-    import torch
-
-    return [torch.stack(tensors).sum(0)]
-
-
-def _sub(tensors: Tensors) -> Tensors:
-    import torch
-
-    return [tensors[0] - torch.stack([torch.zeros_like(tensors[0]), *tensors[1:]]).sum(0)]
-
-
-def _abs(tensors: Tensors) -> Tensors:
-    return [tensor.abs() for tensor in tensors]
-
-
-def _sqrt(tensors: Tensors) -> Tensors:
-    return [tensor.sqrt() for tensor in tensors]
-
-
-def _add(tensors: Tensors, constant: float) -> Tensors:
-    return [tensor + constant for tensor in tensors]
-
-
-def _scale(tensors: Tensors, constant: float) -> Tensors:
-    return [tensor * constant for tensor in tensors]
-
-
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
-_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": _abs, "sqrt": _sqrt, "sub": _sub, "sum": _sum}
-_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}
-CALCULATING = frozenset({*_GATHERING, *_CONSTANT})  # words of ops that compute elements, and round them

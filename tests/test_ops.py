@@ -117,6 +117,7 @@ def test_sum_does_not_round_and_cannot_be_undone():
         ("scale .5", [[1.0, -3.0]], [0.5, -1.5]),
         ("sub", [[2.0**24 + 2, 5.0], [1.0, 2.0], [1.0, 3.0]], [2.0**24, 0.0]),
         ("sub", [[2.0]], [2.0]),
+        ("sub | scale 0.1 | add 1", [[2.0**24 + 2, 5.0], [1.0, 2.0]], [(2.0**24 + 1) * 0.1 + 1, 3 * 0.1 + 1]),
         ("sqrt", [[4.0, 0.0]], [2.0, 0.0]),
     ],
 )
@@ -125,6 +126,15 @@ def test_ops_that_calculate_leave_float64(text, given, wanted):
     (result,) = pipeline.run([torch.tensor(values) for values in given])
     torch.testing.assert_close(result, torch.tensor(wanted, dtype=torch.float64), rtol=1e-7, atol=0)
     assert not pipeline.lossless
+
+
+def test_std_eps_makes_one_standardisation_another():
+    kernel = torch.randn(5, 4, 3, 3) * torch.logspace(-4, 0, 5).reshape(5, 1, 1, 1)
+    (scaled,) = Pipeline.parse("std_eps 1e-5 1e-8").run([kernel])
+    variance, mean = torch.var_mean(scaled, (1, 2, 3), correction=0, keepdim=True)
+    std, centre = torch.std_mean(kernel.double(), (1, 2, 3), correction=0, keepdim=True)
+    wanted = (kernel - centre) / (std + 1e-5)
+    torch.testing.assert_close((scaled - mean) / (variance + 1e-8).sqrt(), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_named_ops():
@@ -150,6 +160,7 @@ def test_named_ops():
         ("split 0 1", "`split 0 1`: split takes the proportions of two or more parts, each from 1 to 9"),
         ("add", "`add`: add takes one number"),
         ("scale nan", "`scale nan`: scale takes one number"),
+        ("std_eps 1e-5", "`std_eps 1e-5`: std_eps takes two numbers"),
         ("h w -> h", "`h w -> h` does not keep its axes: w"),
         ("h -> h w", "`h -> h w` does not keep its axes: w"),
         ("h w -> w h, h", "`h` in `h w -> w h, h` is no axis length; write `h=2`"),

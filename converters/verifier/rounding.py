@@ -1,13 +1,8 @@
-<<<<<<< HEAD
-"""The gate for rounded weights: each is the source's through the plan's ops, rounded once.
-=======
 """The gate for weights that are rounded, to a narrower dtype or after a calculation: each is the source's through the
 plan's ops, rounded once.
->>>>>>> main
 
-Those are weights in a narrower dtype than the source's, and those that an op calculates. The forward pass of rounded
-weights cannot agree with the reference's, so it decides nothing. The source's own values are made once more, as
-conversion.json says, compared with the stored ones bit for bit, and run in their
+The forward pass of rounded weights cannot agree with the reference's, so it decides nothing. The source's own
+values are made once more, as conversion.json says, compared with the stored ones bit for bit, and run in their
 place: then the function is compared as sharply as any other.
 """
 
@@ -41,14 +36,6 @@ FORMATS = {  # binary digits, least exponent, largest value
 def unrounded(subject: Subject, checkpoint: Checkpoint) -> tuple[dict[str, Any], Rounding | None]:
     """The tensors that were rounded, as they are before that, and whether they were rounded well.
 
-<<<<<<< HEAD
-    None where every tensor is the source's, bit for bit. Raises CheckpointError.
-    """
-    from safetensors import safe_open
-
-    exact: dict[str, Any] = {}
-    wrong, dtypes = [], list[str]()
-=======
     None where the conversion kept the source's dtype and calculated nothing. Raises CheckpointError.
     """
     calculated = {
@@ -62,16 +49,11 @@ def unrounded(subject: Subject, checkpoint: Checkpoint) -> tuple[dict[str, Any],
 
     exact: dict[str, Any] = {}
     wrong, count, dtypes = [], 0, set[str]()
->>>>>>> main
     path = subject.directory / "model.safetensors"
     with safe_open(path, "pt") as stored:
         names = set(stored.keys())
         for name, origin in subject.tensors.items():
-<<<<<<< HEAD
-            if "from" not in origin or (subject.dtype == "source" and _moves_only(origin)):
-=======
             if "from" not in origin or (subject.dtype == "source" and name not in calculated):
->>>>>>> main
                 continue
             given = stored.get_tensor(name) if name in names else None
             right = _recomputed(name, subject, checkpoint)
@@ -80,28 +62,12 @@ def unrounded(subject: Subject, checkpoint: Checkpoint) -> tuple[dict[str, Any],
                 continue
             if name not in calculated and given is not None and given.dtype == right.dtype:
                 continue
-<<<<<<< HEAD
-            kept = checkpoint.tensors[origin["from"][0]].spec.dtype
-            dtypes.append(kept if subject.dtype == "source" else subject.dtype)
-            exact[name] = right
-            if given is None or not _is_rounded(given, right, dtypes[-1]):
-                wrong.append(name)
-    return exact, Rounding(dtypes[0], len(dtypes), tuple(wrong)) if dtypes else None
-
-
-def _moves_only(origin: Mapping[str, Any]) -> bool:
-    try:
-        return Pipeline.parse(origin.get("ops", "")).lossless
-    except ValueError:
-        return False  # _recomputed says so
-=======
             count += 1
             dtypes.add(dtype)
             exact[name] = _recomputed(name, subject, checkpoint, exactly=True) if name in calculated else right
             if given is None or not _is_rounded(given, right, dtype):
                 wrong.append(name)
     return exact, Rounding(", ".join(sorted(dtypes)) or subject.dtype, count, tuple(wrong))
->>>>>>> main
 
 
 def with_errors(comparisons: tuple[Comparison, ...], exact: Answers, rounded: Answers) -> tuple[Comparison, ...]:
@@ -129,13 +95,8 @@ def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.abs(rounded) > most, np.copysign(np.inf, values), rounded)
 
 
-<<<<<<< HEAD
-def _recomputed(name: str, subject: Subject, checkpoint: Checkpoint) -> Any:
-    """A target's tensor in the source's dtype, or in float64 where an op calculates it."""
-=======
 def _recomputed(name: str, subject: Subject, checkpoint: Checkpoint, *, exactly: bool = False) -> Any:
     """A target's tensor in the source's dtype, or in float64."""
->>>>>>> main
     import torch
 
     origin = subject.tensors[name]

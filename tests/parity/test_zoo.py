@@ -32,6 +32,8 @@ def test_a_family(family: str, workers: Workers) -> None:
     good = GOOD | {"not installed"} if proved_elsewhere(found.mapping) else GOOD
     bad = [case for case in found.cases if case.outcome not in good]
     assert [(case.target, case.runner, case.outcome, case.detail) for case in bad] == []
+    for proof in (case.verdict.mutants for case in found.cases if case.outcome in ("exact", "nearly")):
+        assert len({mutant.kind for mutant in proof.mutants}) >= 4 and proof.smallest_margin > 1
 
 
 def proved_elsewhere(mapping: Mapping) -> bool:
