@@ -20,8 +20,8 @@ An op takes a list of tensors and gives a list. It is written as one of
                                     its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
 and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
-others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
-torch's meta device it computes them, so a plan checks whole chains before a byte is read.
+others calculate in float64 and round once. An op has no face for shapes of its own: on torch's meta device it
+computes them, so a plan checks whole chains before a byte is read.
 
 >>> import torch
 >>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]
@@ -311,13 +311,15 @@ _COPY = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST
 
 
 def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
-    """An op that computes elements, in float64; rounding is for whoever stores them."""
+    """An op that computes elements: in float64, rounded once to the dtype that came in."""
 
     def run(tensors: Tensors, parts: int) -> Tensors:
-        return function([tensor.double() for tensor in tensors])
+        dtype = tensors[0].dtype
+        return [result.to(dtype) for result in function([tensor.double() for tensor in tensors])]
 
     return Op(text, run, None)
 
 
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
+CALCULATING = frozenset({*GATHERING, *CONSTANT})  # words of ops that compute elements, and round them

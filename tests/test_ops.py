@@ -99,11 +99,11 @@ def test_rank(text, rank):
     assert Op.parse(text).rank == rank
 
 
-def test_sum_does_not_round_and_cannot_be_undone():
+def test_sum_rounds_once_and_cannot_be_undone():
     big, one = torch.tensor([2.0**24]), torch.tensor([1.0])
     pipeline = Pipeline.parse("sum")
     assert pipeline.run([big, one, one])[0] == 2**24 + 2  # in float32, 2**24 + 1 is 2**24
-    assert pipeline.run([big.half(), one.half()])[0].dtype == torch.float64  # whoever stores it rounds, once
+    assert pipeline.run([big.half(), one.half()])[0].dtype == torch.float16
     assert not pipeline.lossless and Pipeline.parse("flip | i o -> o i").lossless
     with pytest.raises(OpError, match="`sum` has no way back"):
         pipeline.invert([(1,), (1,)])
@@ -117,22 +117,21 @@ def test_sum_does_not_round_and_cannot_be_undone():
         ("scale .5", [[1.0, -3.0]], [0.5, -1.5]),
         ("sub", [[2.0**24 + 2, 5.0], [1.0, 2.0], [1.0, 3.0]], [2.0**24, 0.0]),
         ("sub", [[2.0]], [2.0]),
-        ("sub | scale 0.1 | add 1", [[2.0**24 + 2, 5.0], [1.0, 2.0]], [(2.0**24 + 1) * 0.1 + 1, 3 * 0.1 + 1]),
         ("sqrt", [[4.0, 0.0]], [2.0, 0.0]),
     ],
 )
-def test_ops_that_calculate_leave_float64(text, given, wanted):
+def test_ops_that_calculate_round_once(text, given, wanted):
     pipeline = Pipeline.parse(text)
     (result,) = pipeline.run([torch.tensor(values) for values in given])
-    torch.testing.assert_close(result, torch.tensor(wanted, dtype=torch.float64), rtol=1e-7, atol=0)
+    assert torch.equal(result, torch.tensor(wanted, dtype=torch.float64).float())
     assert not pipeline.lossless
 
 
 def test_std_eps_makes_one_standardisation_another():
-    kernel = torch.randn(5, 4, 3, 3) * torch.logspace(-4, 0, 5).reshape(5, 1, 1, 1)
+    kernel = torch.randn(5, 4, 3, 3).double() * torch.logspace(-4, 0, 5).reshape(5, 1, 1, 1)
     (scaled,) = Pipeline.parse("std_eps 1e-5 1e-8").run([kernel])
     variance, mean = torch.var_mean(scaled, (1, 2, 3), correction=0, keepdim=True)
-    std, centre = torch.std_mean(kernel.double(), (1, 2, 3), correction=0, keepdim=True)
+    std, centre = torch.std_mean(kernel, (1, 2, 3), correction=0, keepdim=True)
     wanted = (kernel - centre) / (std + 1e-5)
     torch.testing.assert_close((scaled - mean) / (variance + 1e-8).sqrt(), wanted, rtol=1e-12, atol=1e-12)
 
