@@ -20,8 +20,8 @@ An op takes a list of tensors and gives a list. It is written as one of
                                     its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
 and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
-others calculate in float64 and round once. An op has no face for shapes of its own: on torch's meta device it
-computes them, so a plan checks whole chains before a byte is read.
+others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
+torch's meta device it computes them, so a plan checks whole chains before a byte is read.
 
 >>> import torch
 >>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]
@@ -36,12 +36,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from converters.arithmetic import CONSTANT, CONSTANTS, GATHERING
+from converters.calculations import add, difference, magnitude, root, scale, std_eps, total
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CALCULATING", "IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
+__all__ = ["IDENTITY", "Op", "OpError", "Pipeline", "Tensors"]
 
 Tensors = list["torch.Tensor"]
 
@@ -77,19 +77,19 @@ class Op:
             return _share(text, [int(part) for part in rest])
         if word == "copy" and not rest:
             return _COPY
-        if word in GATHERING and not rest:
-            return _calculating(text, GATHERING[word])
-        if len(rest) == CONSTANTS.get(word) and all(re.fullmatch(_NUMBER, part) for part in rest):
-            return _calculating(text, lambda tensors: CONSTANT[word](tensors, *map(float, rest)))
+        if word in _GATHERING and not rest:
+            return _calculating(text, _GATHERING[word])
+        if len(rest) == _CONSTANTS.get(word) and all(re.fullmatch(_NUMBER, part) for part in rest):
+            return _calculating(text, lambda tensors: _CONSTANT[word](tensors, *map(float, rest)))
         for words, takes in (
             (_MOVING, "the number of an axis or a place, and nothing else"),
-            ((*GATHERING, "copy"), "nothing"),
-            (CONSTANT, "two numbers" if CONSTANTS.get(word) == 2 else "one number"),
+            ((*_GATHERING, "copy"), "nothing"),
             (("split",), "the proportions of two or more parts, each from 1 to 9"),
+            (_CONSTANT, "two numbers" if _CONSTANTS.get(word) == 2 else "one number"),
         ):
             if word in words:
                 raise ValueError(f"`{text}`: {word} takes {takes}")
-        there = ", ".join([*_MOVING, "split", "copy", *GATHERING, *CONSTANT])
+        there = ", ".join([*_MOVING, "split", "copy", *_GATHERING, *_CONSTANT])
         raise ValueError(f"`{text}` is no op; there are {there}, einops patterns, and the entries of `ops:`")
 
 
@@ -311,15 +311,16 @@ _COPY = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST
 
 
 def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
-    """An op that computes elements: in float64, rounded once to the dtype that came in."""
+    """An op that computes elements, in float64; rounding is for whoever stores them."""
 
     def run(tensors: Tensors, parts: int) -> Tensors:
-        dtype = tensors[0].dtype
-        return [result.to(dtype) for result in function([tensor.double() for tensor in tensors])]
+        return function([tensor.double() for tensor in tensors])
 
     return Op(text, run, None)
 
 
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
-CALCULATING = frozenset({*GATHERING, *CONSTANT})  # words of ops that compute elements, and round them
+_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": magnitude, "sqrt": root, "sub": difference, "sum": total}
+_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": add, "scale": scale, "std_eps": std_eps}
+_CONSTANTS = {"add": 1, "scale": 1, "std_eps": 2}  # how many each takes

@@ -50,16 +50,16 @@ class Skeleton:
 
     def number(self, *patterns: Pattern) -> list[dict[str, int | str]]:
         """The captures of every module that the patterns find, in order of their numbers; of several, of the model."""
+        names = [split(name) for name in self.specs]
+        if len(patterns) == 1:
+            return patterns[0].number(names)
         found = {
             (pattern.text, tuple(match.captures.items())): dict(match.captures)
-            for name in self.specs
+            for name in names
             for pattern in patterns
-            if (match := pattern.match(split(name)))
+            if (match := pattern.match(name))
         }
-        ordered = list(found.values())
-        if len(patterns) > 1:
-            return ordered
-        return sorted(ordered, key=lambda captures: [value for value in captures.values() if isinstance(value, int)])
+        return list(found.values())
 
 
 def compute_buffers(skeleton: Skeleton) -> dict[str, Any]:
@@ -119,6 +119,8 @@ def _build(architecture: str, args: str) -> Skeleton:
         name: TensorSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         for name, tensor in model.state_dict().items()
     }
+    for missing in (name for name in ("num_classes", "num_features") if not hasattr(model, name)):
+        setattr(model, missing, 0)  # one made with `features_only` has none, and timm's writer asks for it
     return Skeleton(architecture, arguments, specs, model.eval())
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from converters.emitter import new_folder, write_tensors
 from converters.errors import CheckpointError, DamagedCheckpoint, OutputError
-from converters.plan import make_plan, route
+from converters.plan import make_plan
 from converters.readers.files import SourceFile
+from converters.routes import route
 from converters.target import Skeleton, build_skeleton, compute_buffers
 from converters.tensors import DTYPES, LazyTensor, TensorSpec
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.errors import MappingError
-from converters.mapping import Drop, Fill, find_mappings, load_mapping, mappings_folder, most_specific
+from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import Pattern, split
+from converters.rows import Drop, Fill, most_specific
 
 
 def test_compiled(family):
@@ -31,7 +32,7 @@ fill:
     assert mapping.title == "A family"
     assert mapping.targets == {"resnet18": {"depth": 18}, "resnet34": {}}
     assert mapping.target_args == {"eps": 1e-5}
-    assert [[pattern.text for pattern in one] for one in mapping.detect] == [["a"], ["b", "c"]]
+    assert [[sign.text for sign in one] for one in mapping.detect] == [["a"], ["b", "c"]]
     assert [(row.line, row.text) for row in mapping.rows] == [
         (9, "a.{i}: b.{i+1}"),
         (10, "c: d"),
@@ -43,6 +44,12 @@ fill:
     assert mapping.stripped("module.backbone.x.weight") == ("x", "weight")
     assert mapping.stripped("backbone/module.weight") == ("module", "weight")
     assert mapping.stripped("module") == ("module",)
+
+
+def test_arguments_may_be_the_targets_own(family):
+    mapping = family("target_args: {bn_eps: $eps, act: relu}\n", head="targets: {a: {eps: 0.1}, b: }\ndetect: [x]\n")
+    assert mapping.args_of("a") == {"bn_eps": 0.1, "act": "relu"}
+    assert mapping.args_of("b") == {"act": "relu"}
 
 
 def test_a_layout_may_be_like_another(family):

@@ -147,7 +147,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, split, copy, abs, sqrt, sub, sum, add, scale, ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, split, copy, abs, sqrt, sub, sum, ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),

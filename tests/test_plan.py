@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.mapping import load_mapping
-from converters.plan import Plan, make_plan, read_off, route
+from converters.plan import Plan, make_plan, read_off
+from converters.routes import route
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 
@@ -103,6 +104,20 @@ CLOSES = {
         " ".join(f"x{n}.w={n + 1}" for n in range(12)),
         "s.1.0.w=12 " + " ".join(f"s.0.{n}.w={n + 1}" for n in range(11)),
         {f"s.{n // 11}.{n % 11}.w": f"x{n}.w" for n in range(12)},
+    ),
+    "enumerate counts the source's modules too, whatever their numbers are": (
+        "l{k}.{j}.c: s.{i}.c\n\nenumerate: {'l{k}.{j}.c': 's.{i}'}",
+        "l1.0.c.w=1 l3.10.c.w=4 l3.9.c.w=3 l3.0.c.w=2",
+        "s.0.c.w=1 s.2.c.w=2 s.3.c.w=3 s.4.c.w=4",
+        {"s.0.c.w": "l1.0.c.w", "s.2.c.w": "l3.0.c.w", "s.3.c.w": "l3.9.c.w", "s.4.c.w": "l3.10.c.w"},
+    ),
+    "two that count, and the way that needs one of them": (
+        "f.{i}.c:\n  - {to: 'f.{n-1}', when: {source: 'f.{i}.b'}}\n  - f.{c}\nf.{i}.b: f.{n}\n\n"
+        "enumerate: {'f.{i}.c': 'f.{c}', 'f.{i}.b': 'f.{n}.mean'}",
+        "f.0.c.w=1 f.0.b.w=2 f.0.b.mean=2 f.2.c.w=3 f.2.b.w=4 f.2.b.mean=4",
+        "f.0.w=1 f.1.w=2 f.1.mean=2 f.3.w=3 f.4.w=4 f.4.mean=4",
+        {"f.0.w": "f.0.c.w", "f.1.w": "f.0.b.w", "f.1.mean": "f.0.b.mean"}
+        | {"f.3.w": "f.2.c.w", "f.4.w": "f.2.b.w", "f.4.mean": "f.2.b.mean"},
     ),
     "tables of words and of numbers": (
         "conv_{l}: stem.{l}\nc{k}: t.{2*k}\n\ntables: {l: {a: '0', aa: '1'}, k: {x: 1, y: 2}}",

@@ -16,10 +16,11 @@ from collections.abc import Mapping as Dict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from converters.mapping import Mapping, most_specific
+from converters.mapping import Mapping
 from converters.names import split
 from converters.ops import IDENTITY, Pipeline
 from converters.plan import Plan, Step
+from converters.rows import most_specific
 from converters.tensors import TensorSpec
 
 __all__ = ["Pair", "pair_modules", "read_pairs"]
