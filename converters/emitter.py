@@ -129,7 +129,8 @@ def _flush_behind(file: int) -> Iterator[Callable[[int], None]]:
 def _check_dropped(plan: Plan, checkpoint: Checkpoint) -> None:
     """Sources that may be dropped only while they are zero, or what timm computes."""
     held = {name: drop for name, drop in plan.drops.items() if drop.zeros or drop.buffer}
-    buffers = compute_buffers(plan.skeleton) if any(drop.buffer for drop in held.values()) else {}
+    own = plan.unchanged or plan.skeleton  # the user may have asked for other sizes
+    buffers = compute_buffers(own) if any(drop.buffer for drop in held.values()) else {}
     for name, drop in held.items():
         tensor = checkpoint.tensors[name]
         values = to_torch(tensor.read(), tensor.spec)
@@ -140,7 +141,7 @@ def _check_dropped(plan: Plan, checkpoint: Checkpoint) -> None:
         if drop.buffer and match:
             (place,) = drop.buffer.render(match.captures)
             if not values.double().allclose(buffers[place].double(), rtol=0, atol=1e-5):  # sums in another order
-                reason = f"is not what {plan.skeleton.architecture} computes for itself: {drop.reason}"
+                reason = f"is not what {own.architecture} computes for itself: {drop.reason}"
                 cure = "name another model with --to, or arguments of this one with --arg"
                 raise CheckpointError(reason, file=checkpoint.path, tensor=name, cure=cure)
 

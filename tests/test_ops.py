@@ -118,6 +118,7 @@ def test_sum_does_not_round_and_cannot_be_undone():
         ("sub", [[2.0**24 + 2, 5.0], [1.0, 2.0], [1.0, 3.0]], [2.0**24, 0.0]),
         ("sub", [[2.0]], [2.0]),
         ("sqrt", [[4.0, 0.0]], [2.0, 0.0]),
+        ("abs", [[-4.0, 0.5]], [4.0, 0.5]),
     ],
 )
 def test_ops_calculate_in_float64(text, given, wanted):
