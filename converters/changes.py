@@ -37,6 +37,7 @@ class Ways:
     resample: str = "timm"  # one of normalizers.WAYS
     classes: slice | tuple[int, ...] | None = None  # which of the source's classes are kept, in this order
     alpha: bool = False  # further input channels get no weight
+    fold: bool = False  # put mean and std into the first convolution
     bgr: bool | None = None  # whether the source takes BGR images; None: what the file says
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ def change(plan: Plan, sizes: Mapping[str, Any], ways: Ways) -> Plan:
         drops={**plan.drops, **dict.fromkeys(sorted(lost), removed)},
         unchanged=old,
         changes=(
+            *plan.changes,
             *work.told(),
             *[Change("the classifier was removed", inside=False)] * bool(lost),
             *[Change("other windows, with coordinates scaled as in training", inside=True)] * bool(trained),

@@ -20,7 +20,7 @@ from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import Pattern
 from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
-from converters.preprocessing import read_preprocessing, take_bgr
+from converters.preprocessing import fold_normalization, read_preprocessing, take_bgr
 from converters.readers import Checkpoint
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.signature import read_signature
@@ -212,7 +212,8 @@ def _with_preprocessing(plan: Plan, checkpoint: Checkpoint, asked: _Asked) -> Pl
     values = {**filled(plan.mapping.preprocess, row), **found.values}
     bgr = values.pop("bgr", False) or found.bgr if asked.ways.bgr is None else asked.ways.bgr
     plan = replace(plan, preprocess=values)
-    return take_bgr(plan) if bgr else plan
+    plan = take_bgr(plan) if bgr else plan
+    return fold_normalization(plan) if asked.ways.fold else plan
 
 
 def _candidates(

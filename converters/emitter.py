@@ -28,6 +28,7 @@ from converters.tensors import DTYPES, LazyTensor, TensorSpec, from_torch, to_to
 
 __all__ = ["OUTPUT_FILES", "new_folder", "write_tensors"]
 
+AT_ONCE = 128 << 20  # bytes that are flushed
 OUTPUT_FILES = ("model.safetensors", "config.json", "conversion.json", "README.md", "verification.json")
 
 
@@ -74,32 +75,54 @@ def write_tensors(
     specs = {step.target.name: _emitted(step.target, dtype) for step in plan.steps}
     header, places = _layout(specs)
     copied, computed = _divide(plan, checkpoint, specs)
-    done, total = 0, sum(spec.nbytes for spec in specs.values())
+    start, done, total = len(header), 0, sum(spec.nbytes for spec in specs.values())
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
+    def written() -> Iterator[int]:
+        for name, tensor in copied.items():
+            tensor.copy(file, start + places[name])  # type: ignore[misc]
+            yield specs[name].nbytes
+        for step, raw in _contents(computed, checkpoint, specs):
+            assert raw.nbytes == specs[step.target.name].nbytes, f"{step.target.name}: {raw.nbytes} bytes"
+            _write(file, raw, start + places[step.target.name])
+            yield raw.nbytes
 
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         _reserve(file, len(header) + total)
         _write(file, memoryview(header), 0)
-        start = len(header)
-        for name, tensor in copied.items():
-            tensor.copy(file, start + places[name])  # type: ignore[misc]
-            advance(specs[name].nbytes)
-        for step, raw in _contents(computed, checkpoint, specs):
-            assert raw.nbytes == specs[step.target.name].nbytes, f"{step.target.name}: {raw.nbytes} bytes"
-            _write(file, raw, start + places[step.target.name])
-            advance(raw.nbytes)
+        with _flush_behind(file) as flush:
+            for count in written():
+                done += count
+                flush(count)
+                if progress:
+                    progress(done, total)
     finally:
         os.close(file)
     _check_dropped(plan, checkpoint)
     for source in checkpoint.files:
         source.check_unchanged()
     _read_back(path, specs)
+
+
+@contextmanager
+def _flush_behind(file: int) -> Iterator[Callable[[int], None]]:
+    """Brings a file to the disk while it is written, so that little is left to flush when it is whole.
+
+    It is to be told how many bytes were written, and raises OSError where the disk fails.
+    """
+    flush, dirty = getattr(os, "fdatasync", os.fsync), 0
+    with ThreadPoolExecutor(1) as disk:
+        last = disk.submit(lambda: None)
+
+        def advance(count: int) -> None:
+            nonlocal dirty, last
+            dirty += count
+            if dirty >= AT_ONCE and last.done():
+                last.result()
+                dirty, last = 0, disk.submit(flush, file)
+
+        yield advance
+        last.result()
 
 
 def _check_dropped(plan: Plan, checkpoint: Checkpoint) -> None:

@@ -108,7 +108,7 @@ class Mapping(Signature):
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
-    enumerate: dict[str, Pattern]
+    enumerate: dict[str, tuple[Pattern, ...]]
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
@@ -193,9 +193,12 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
 
     for key, text in file.ops.items():
         _check_op(key, text, lines)
-    numbered = {key: pattern(text, "enumerate", key) for key, text in file.enumerate.items()}
+    numbered = {
+        key: tuple(pattern(text, "enumerate", key) for text in ([texts] if isinstance(texts, str) else texts))
+        for key, texts in file.enumerate.items()
+    }
 
-    def rule(table: str, left: str, ways: list[str | RowFile], numbers: dict[str, Pattern]) -> Rule:
+    def rule(table: str, left: str, ways: list[str | RowFile], numbers: dict[str, tuple[Pattern, ...]]) -> Rule:
         parsed = pattern(left, table, left)
         if None in parsed.segments:
             raise lines.error("`**` stands in drop and fill only", table, left)
@@ -259,16 +262,17 @@ def _check_op(name: str, text: str, lines: Lines) -> None:
         raise lines.error(f"`{name}` is a built-in op", "ops", name, cure="choose another name")
 
 
-def _way(row: str | RowFile, left: Pattern, numbered: dict[str, Pattern], ops: dict[str, str]) -> Way:
+def _way(row: str | RowFile, left: Pattern, numbered: dict[str, tuple[Pattern, ...]], ops: dict[str, str]) -> Way:
     row = RowFile(to=row) if isinstance(row, str) else row
     name, _, pipeline = _outside_braces(row.to)
     template = Template.parse(name.strip())
     source, target = (Template.parse(text) if text else None for text in (row.when.source, row.when.target))
     given = set(left.fields)
     for key in left.fields & numbered.keys():
-        if twice := given & numbered[key].fields:
+        fields = {field for modules in numbered[key] for field in modules.fields}
+        if twice := given & fields:
             raise ValueError(f"{{{min(twice)}}} is captured on the left and by `enumerate` too")
-        given |= numbered[key].fields
+        given |= fields
     for needs in filter(None, (template, source, target)):
         if missing := needs.fields - given:
             raise ValueError(f"`{needs.text}`: {{{min(missing)}}} is captured nowhere on the left")

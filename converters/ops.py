@@ -9,8 +9,9 @@ An op takes a list of tensors and gives a list. It is written as one of
     flip 1                          an axis reversed (BGR to RGB)
     zeros 1                         a tensor of zeros beside the others, at place 1, like the first (a missing key bias)
     sum                             several tensors of one shape are added
-    sqrt                            the square root of every element
     sub                             the others are subtracted from the first
+    abs                             every element's magnitude
+    sqrt                            the square root of every element
     add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
     scale 0.5                       every element is multiplied
 
@@ -305,6 +306,10 @@ def _sub(tensors: Tensors) -> Tensors:
     return [tensors[0] - torch.stack([torch.zeros_like(tensors[0]), *tensors[1:]]).sum(0)]
 
 
+def _abs(tensors: Tensors) -> Tensors:
+    return [tensor.abs() for tensor in tensors]
+
+
 def _sqrt(tensors: Tensors) -> Tensors:
     return [tensor.sqrt() for tensor in tensors]
 
@@ -319,6 +324,6 @@ def _scale(tensors: Tensors, constant: float) -> Tensors:
 
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
-_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"sqrt": _sqrt, "sub": _sub, "sum": _sum}
+_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": _abs, "sqrt": _sqrt, "sub": _sub, "sum": _sum}
 _CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}
 CALCULATING = frozenset({*_GATHERING, *_CONSTANT})  # words of ops that compute elements, and round them

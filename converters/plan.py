@@ -190,7 +190,7 @@ class _Draft:
     def __init__(self, mapping: Mapping, skeleton: Skeleton, routes: tuple[Route, ...]) -> None:
         self.mapping, self.skeleton = mapping, skeleton
         self.existing = _Existing(skeleton.modules, prefixes(item.segments for item in routes))
-        self.numbered = {key: skeleton.number(pattern) for key, pattern in mapping.enumerate.items()}
+        self.numbered = {key: skeleton.number(*patterns) for key, patterns in mapping.enumerate.items()}
         self.problems: list[Problem] = []
         self.drops: dict[str, Drop] = {}
         self.reached: dict[str, _Gather] = {}
@@ -299,10 +299,13 @@ def _destination(
     for key in captures.keys() & mapping.enumerate.keys() & numbered.keys():
         modules, number = numbered[key], captures[key]
         if not isinstance(number, int) or not 0 <= number < len(modules):
-            raise _Homeless(f"the target has only {len(modules)} of {mapping.enumerate[key].text}")
+            kinds = " and ".join(pattern.text for pattern in mapping.enumerate[key])
+            raise _Homeless(f"the target has only {len(modules)} of {kinds}")
         captures |= modules[number]
     try:
-        way = _way(item.row, captures, existing)
+        way = _way(
+            item.row, captures, existing, {field for modules in numbered.values() for one in modules for field in one}
+        )
         names = way.template.render(captures)
     except ValueError as error:  # arithmetic on a word, a division by zero
         raise _Homeless(str(error)) from error
@@ -313,9 +316,10 @@ def _destination(
     return tuple(f"{name}.{tail}" for name in names), leaf.ops + way.ops
 
 
-def _way(rule: Rule, captures: dict[str, Any], existing: _Existing) -> Way:
+def _way(rule: Rule, captures: dict[str, Any], existing: _Existing, numbered: set[str]) -> Way:
+    """The first way whose guard holds, of those for the kind of module that was numbered."""
     for way in rule.ways:
-        if existing.holds(way, captures):
+        if not (way.template.fields - captures.keys()) & numbered and existing.holds(way, captures):
             return way
     raise _Homeless("no way of this row has a guard that holds")
 

@@ -121,7 +121,7 @@ class MappingFile(_Strict):
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
     fill: dict[str, int | float | FillFile] = {}
-    enumerate: dict[str, str] = {}
+    enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}  # a list: in the order in which the target has them
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     # timm's settings, or `bgr: true`; here too `$name` stands for a value of the target's row
     preprocess: dict[str, ConstantFile | list[float] | Plain] = {}

@@ -43,11 +43,21 @@ class Skeleton:
         """Every tensor and every module around one, as segments."""
         return prefixes(map(split, self.specs))
 
-    def number(self, pattern: Pattern) -> list[dict[str, int | str]]:
-        """The captures of every module that the pattern finds, in order of their numbers, else of the model."""
-        found = dict.fromkeys(tuple(m.captures.items()) for name in self.specs if (m := pattern.match(split(name))))
-        order = [[value for _, value in captures if isinstance(value, int)] for captures in found]
-        return [dict(captures) for _, captures in sorted(zip(order, found, strict=True), key=lambda one: one[0])]
+    def number(self, *patterns: Pattern) -> list[dict[str, int | str]]:
+        """The captures of every module that the patterns find, in order of their numbers; else, or of several, of the
+        model."""
+        found = {
+            (pattern.text, tuple(match.captures.items())): dict(match.captures)
+            for name in self.specs
+            for pattern in patterns
+            if (match := pattern.match(split(name)))
+        }
+        ordered = list(found.values())
+        return ordered if len(patterns) > 1 else sorted(ordered, key=_numbers)
+
+
+def _numbers(captures: dict[str, int | str]) -> list[int]:
+    return [value for value in captures.values() if isinstance(value, int)]
 
 
 def is_known(architecture: str) -> bool:

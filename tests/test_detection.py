@@ -228,10 +228,10 @@ def test_an_argument_that_no_candidate_takes_is_named(timm_source):
 
 
 def test_applying_families_come_with_those_for_few_targets_first(source):
-    swin = applying_families(source("timm/swin_before_0_9", "v1"))
-    assert [mapping.name for mapping in swin] == ["timm/swin_before_0_9", "timm/native"]
+    swin = applying_families(source("timm/swin_before_0_9", "0.6.13, v1"))
+    assert [mapping.name for mapping in swin] == ["timm/swin_before_0_9", "timm/native", "timm/only_features"]
     few = applying_families(source("tensorflow/efficientnet", "b0"))
-    assert [mapping.name for mapping in few] == ["tensorflow/efficientnet", "timm/native"]
+    assert [mapping.name for mapping in few] == ["tensorflow/efficientnet", "timm/native", "timm/only_features"]
 
 
 @pytest.mark.parametrize("name", find_mappings())

@@ -136,7 +136,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, sqrt, sub, sum, add, scale, einops patterns, ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, abs, sqrt, sub, sum, add, scale, einops ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),

@@ -26,7 +26,7 @@ FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("schema", "signature", "target", "readers"),
     ("mapping",),
     ("plan",),
-    ("changes", "features", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
+    ("changes", "deployment", "features", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
     ("detection",),
     ("description",),
     ("closing", "conversion", "differences"),

@@ -92,16 +92,21 @@ def run_mutants(
     seed: int = 0,
     weights: Mapping[str, Any] | None = None,
     allowed: float = 0.0,
+    models: Mapping[str, Any] | None = None,
 ) -> Mutants:
     """Damage the emitted folder's model in memory, in one way after another, and compare it with the recording.
 
     Only the target runs: on one probe, in the recording's best precision. `weights` stand in the place of the
-    folder's own, `allowed` is the error that the mapping declares. Raises TargetError.
+    folder's own, `allowed` is the error that the mapping declares; `models` are those that are loaded already, by
+    precision. Raises TargetError.
     """
     with single_threaded():
         precision = "float64" if "float64" in recording.outputs else "float32"
-        models = {name: load_target(directory, name, weights) for name in sorted({"float64", precision})}
-        trial = _Trial(models, recording, precision, allowed)
+        ready = {
+            name: (models or {}).get(name) or load_target(directory, name, weights)
+            for name in sorted({"float64", precision})
+        }
+        trial = _Trial(ready, recording, precision, allowed)
         found = [one for number, kind in enumerate(KINDS) for one in _try(trial, kind, number, seed)]
     mutants = tuple(one for one in found if isinstance(one, Mutant))
     return Mutants(seed, mutants, tuple(one for one in found if isinstance(one, Undetectable)))
