@@ -29,7 +29,7 @@ __all__ = ["Case", "Check", "check"]
 
 BATCH = 4  # from which batch norms take their statistics
 SIZE = 96  # pixels, for models that take any size: a feature map of stride 32 still has a middle
-SUFFIXES = {"keras": ".weights.h5"}
+SUFFIXES = {"keras": ".weights.h5", "flax": ".npz", "tensorflow": ".ckpt"}
 
 Place = tuple[str, int]  # a target, and the number of a reference
 Answer = Closing | Unbuilt | None  # None: another reference answers for that checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 
 from converters.description import fill_reference
 from converters.detection import find_plan, reference_of
-from converters.errors import ConverterError, NotExpressible, TargetError
+from converters.errors import ConverterError, NotExpressible, PlanError, TargetError
 from converters.mapping import Mapping, find_mappings
 from converters.plan import Plan, Route, route
 from converters.readers import Checkpoint, open_checkpoint
@@ -78,7 +78,9 @@ def pose(mapping: Mapping, target: str, number: int, img_size: int | None, *, re
     if reference.runner not in RUNNERS or (rebuilt and '"$img_size"' not in json.dumps(reference.model)):
         return None
     try:
-        args = {"num_classes": CLASSES} if traits_of(target).classifiers else {}
+        traits = traits_of(target)  # these are the arguments that a plan reads off a checkpoint
+        args = {"num_classes": CLASSES} if traits.classifiers else {}
+        args |= {"in_chans": traits.in_chans} if traits.first_convs else {}
         args |= {"img_size": img_size} if rebuilt else {}
         skeleton = build_skeleton(target, {**mapping.target_args, **reference.target_args, **args})
     except TargetError:
@@ -125,16 +127,26 @@ def close(mapping: Mapping, question: Question, specs: Dict[str, TensorSpec]) ->
         return None
     plan, outcome, detail = None, "closes", ""
     try:
-        plan = find_plan(checkpoint, family=mapping.name, target=question.target)
-        found = find_plan(checkpoint, family=unaided(mapping))
-        if (found.mapping.name, found.skeleton.architecture) != (mapping.name, question.target):
-            outcome = "open"
-            detail = f"without --family and --to it is taken for {found.skeleton.architecture} by {found.mapping.name}"
+        plan = _detect(mapping, question.target, checkpoint)
     except NotExpressible as error:
         outcome, detail = "refused", str(error)
     except ConverterError as error:
         outcome, detail = "open", str(error)
     return Closing(question, outcome, detail, prefix, routes, plan)
+
+
+def _detect(mapping: Mapping, target: str, checkpoint: Checkpoint) -> Plan:
+    """The plan that is found without --family and --to, if it is the right one. Raises ConverterError."""
+    try:
+        found = find_plan(checkpoint, family=unaided(mapping))
+    except ConverterError:
+        find_plan(checkpoint, family=mapping.name, target=target)  # has a better reason, if any
+        raise
+    if (found.mapping.name, found.skeleton.architecture) == (mapping.name, target):
+        return found
+    find_plan(checkpoint, family=mapping.name, target=target)
+    other = f"{found.skeleton.architecture} by {found.mapping.name}"
+    raise PlanError(f"without --family and --to it is taken for {other}")
 
 
 def unaided(mapping: Mapping) -> str | None:

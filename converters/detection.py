@@ -108,7 +108,7 @@ class Nearest:
 
 
 def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
-    """The family and target whose plan has the fewest problems; None where no family has a row for any tensor."""
+    """The family and target whose plan has the fewest problems; None where no family knows half of the tensors."""
     found: list[Nearest] = []
     asked = _Asked({}, None, Ways())
     applying = [mapping for mapping in applying_families(checkpoint) if not mapping.any_target]
@@ -125,7 +125,7 @@ def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
 
 
 def _alike(checkpoint: Checkpoint) -> list[Family]:
-    """The family that has rows for most of the tensors, among those of which a name is there, or else among all."""
+    """The family with rows for the most tensors, half at least; of those of which a name is there, or else of all."""
     shares: list[tuple[float, str]] = []
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
@@ -136,7 +136,8 @@ def _alike(checkpoint: Checkpoint) -> list[Family]:
     families = families or [mapping for mapping in map(load_mapping, find_mappings()) if not mapping.any_target]
     routes = [route(mapping, checkpoint.specs) for mapping in families]
     rows = [sum(bool(item.match and item.match.rank[1]) for item in items) for items in routes]  # some match anything
-    return [families[rows.index(max(rows))]] if any(rows) else []
+    best = max(rows, default=0)
+    return [families[rows.index(best)]] if best and 2 * best >= len(checkpoint.tensors) else []
 
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:

@@ -14,6 +14,8 @@ An op takes a list of tensors and gives a list. It is written as one of
     sqrt                            the square root of every element
     add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
     scale 0.5                       every element is multiplied
+    std_eps 1e-5 1e-8               a kernel, by output channels (axis 0), is scaled so that to divide it by the root of
+                                    its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
 and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
 others calculate in float64 and round once. An op has no face for shapes of its own: on torch's meta device it
@@ -29,7 +31,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,12 +71,12 @@ class Op:
             return _MOVING[word](text, int(rest[0]) if rest else 0)
         if word in _GATHERING and not rest:
             return _calculating(text, _GATHERING[word])
-        if word in _CONSTANT and len(rest) == 1 and re.fullmatch(_NUMBER, rest[0]):
-            return _calculating(text, partial(_CONSTANT[word], constant=float(rest[0])))
+        if len(rest) == _CONSTANTS.get(word) and all(re.fullmatch(_NUMBER, part) for part in rest):
+            return _calculating(text, lambda tensors: _CONSTANT[word](tensors, *map(float, rest)))
         for words, takes in (
             (_MOVING, "the number of an axis or a place, and nothing else"),
             (_GATHERING, "nothing"),
-            (_CONSTANT, "one number"),
+            (_CONSTANT, "two numbers" if _CONSTANTS.get(word) == 2 else "one number"),
         ):
             if word in words:
                 raise ValueError(f"`{text}`: {word} takes {takes}")
@@ -322,8 +324,15 @@ def _scale(tensors: Tensors, constant: float) -> Tensors:
     return [tensor * constant for tensor in tensors]
 
 
+def _std_eps(tensors: Tensors, source: float, target: float) -> Tensors:
+    kernels = [tensor.flatten(1) for tensor in tensors]
+    scales = [(target / (2 * source * k.std(1, correction=0) + source**2)) ** 0.5 for k in kernels]
+    return [(k * scale[:, None]).reshape(t.shape) for k, scale, t in zip(kernels, scales, tensors, strict=True)]
+
+
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
 _GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": _abs, "sqrt": _sqrt, "sub": _sub, "sum": _sum}
-_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}
+_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale, "std_eps": _std_eps}
+_CONSTANTS = {"add": 1, "scale": 1, "std_eps": 2}  # how many each takes
 CALCULATING = frozenset({*_GATHERING, *_CONSTANT})  # words of ops that compute elements, and round them

@@ -53,11 +53,9 @@ class Skeleton:
             if (match := pattern.match(split(name)))
         }
         ordered = list(found.values())
-        return ordered if len(patterns) > 1 else sorted(ordered, key=_numbers)
-
-
-def _numbers(captures: dict[str, int | str]) -> list[int]:
-    return [value for value in captures.values() if isinstance(value, int)]
+        if len(patterns) > 1:
+            return ordered
+        return sorted(ordered, key=lambda captures: [value for value in captures.values() if isinstance(value, int)])
 
 
 def is_known(architecture: str) -> bool:

@@ -86,7 +86,8 @@ def test_the_nearest_family_is_named(source, change, target, problems):
     tensors = {name.replace(*change): tensor for name, tensor in checkpoint.tensors.items()}
     renamed = made_of({name: replace(tensor.spec, name=name) for name, tensor in tensors.items()})
     assert find_nearest(renamed) == Nearest("mmlab/swin", target, problems)
-    assert find_nearest(made_of({"gamma": TensorSpec("gamma", (3,), "float32")})) is None
+    few = {name: TensorSpec(name, (3,), "float32") for name in ("a.gamma", "b.gamma", "head.bias")}
+    assert find_nearest(made_of(few)) is None
 
 
 @pytest.mark.parametrize("arch", ["my_model", 18, ["resnet18"], ""])

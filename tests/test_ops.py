@@ -125,6 +125,15 @@ def test_ops_that_calculate_round_once(text, given, wanted):
     assert not pipeline.lossless
 
 
+def test_std_eps_makes_one_standardisation_another():
+    kernel = torch.randn(5, 4, 3, 3).double() * torch.logspace(-4, 0, 5).reshape(5, 1, 1, 1)
+    (scaled,) = Pipeline.parse("std_eps 1e-5 1e-8").run([kernel])
+    variance, mean = torch.var_mean(scaled, (1, 2, 3), correction=0, keepdim=True)
+    std, centre = torch.std_mean(kernel, (1, 2, 3), correction=0, keepdim=True)
+    wanted = (kernel - centre) / (std + 1e-5)
+    torch.testing.assert_close((scaled - mean) / (variance + 1e-8).sqrt(), wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_named_ops():
     pipeline = Pipeline.parse("turn | flip", {"turn": "i o -> o i | flip 1"})
     assert pipeline.text == "i o -> o i | flip 1 | flip"
@@ -136,7 +145,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, abs, sqrt, sub, sum, add, scale, einops ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, abs, sqrt, sub, sum, add, scale, std_eps, ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),
@@ -145,6 +154,7 @@ def test_named_ops():
         ("sum 1", "`sum 1`: sum takes nothing"),
         ("add", "`add`: add takes one number"),
         ("scale nan", "`scale nan`: scale takes one number"),
+        ("std_eps 1e-5", "`std_eps 1e-5`: std_eps takes two numbers"),
         ("h w -> h", "`h w -> h` does not keep its axes: w"),
         ("h -> h w", "`h -> h w` does not keep its axes: w"),
         ("h w -> w h, h", "`h` in `h w -> w h, h` is no axis length; write `h=2`"),

@@ -213,6 +213,8 @@ def of_references(family: str) -> dict[str, Specs]:
             if closing and closing.outcome == "closes":
                 tensors = {closing.prefix + name: _listed(one.shape, one.dtype) for name, one in specs.items()}
                 title = f"{question.block['runner']}, {question.target}"
+                if title in [title for title, _ in found.values()]:
+                    title = f"{title}, reference {question.number + 1}"
                 found[question.number] = title, {"metadata": {}, "tensors": tensors}
     return dict(source for _, source in sorted(found.items()))
 

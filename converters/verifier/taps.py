@@ -115,5 +115,6 @@ def _order(weight: Step, specs: Dict[str, TensorSpec]) -> str:
         before = len(ops) - len(way.ops.ops)
         if way.ops != IDENTITY and ops[before:] == way.ops.ops:
             laid_out = Pipeline(ops[:before]).shapes(shapes)
-            return way.ops.text if laid_out == [weight.target.shape] else ""
+            moving = Pipeline(tuple(op for op in way.ops.ops if op.invert))
+            return moving.text if laid_out == [weight.target.shape] else ""
     return ""

@@ -56,7 +56,7 @@ def _open_weights(archive: ZipArchive) -> Stretch:
     return _Inflated(path, archive.content(WEIGHTS, MOST_INFLATED))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Member:
     """A member that is stored as it is."""
 

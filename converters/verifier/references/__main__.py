@@ -63,6 +63,8 @@ RUNNERS = {
     "timm": "run_timm",
     "onnx": "run_onnx",
     "savedmodel": "run_savedmodel",
+    "flax": "run_flax",
+    "tensorflow": "run_tensorflow",
     "python": "run_python",
 }
 TASKS = {"list_tensors": "skeletons", "write_weights": "random_weights"}  # function: its module
@@ -86,7 +88,7 @@ THREADS = (
 )
 FRAMEWORKS = (
     *("numpy", "torch", "torchvision", "transformers", "safetensors", "timm", "onnxruntime", "tensorflow", "keras"),
-    *("h5py", "mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg"),
+    *("flax", "jax", "tf_slim", "h5py", "mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg"),
 )
 
 

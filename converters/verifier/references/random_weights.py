@@ -28,6 +28,8 @@ def write_weights(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> 
     model = find_runner(job["runner"]).construct(job)
     if hasattr(model, "state_dict"):
         _write_torch(model, job)
+    elif hasattr(model, "shapes"):
+        _write_arrays(model, job)
     else:
         _write_keras(model, job, find_runner(job["runner"]))
     return {"file": job["out"]}
@@ -145,6 +147,14 @@ def _leftovers(state: Mapping[str, Any]) -> dict[str, Any]:
         "param_schedulers": [{"milestones": Counter({8: 1, 11: 1})}],
         "ema_state_dict": {f"module.{name}": value + 7 for name, value in state.items()},
     }
+
+
+def _write_arrays(model: Any, job: Mapping[str, Any]) -> None:
+    import numpy as np
+
+    seed = job.get("seed", 0)
+    batch = np.random.default_rng(seed).standard_normal(job.get("input", [8, 3, 64, 64]))
+    model.write(job["out"], seed, batch.astype("float32"))
 
 
 def _write_keras(model: Any, job: Mapping[str, Any], runner: Any) -> None:
