@@ -124,7 +124,7 @@ class MappingFile(_Strict):
     enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}  # a list: in the order in which the target has them
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     # timm's settings, or `bgr: true`; here too `$name` stands for a value of the target's row
-    preprocess: dict[str, ConstantFile | list[float] | Plain] = {}
+    preprocess: dict[str, ConstantFile | list[int] | list[float] | Plain] = {}
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
     caveat: str = ""  # what must be told although plans close
