@@ -16,10 +16,12 @@ from typing import Any
 
 from converters import normalizers
 from converters.errors import TargetError
+from converters.folding import fold
 from converters.mapping import Drop
-from converters.names import Pattern, fold
+from converters.names import Pattern
 from converters.ops import Op, Pipeline
-from converters.plan import Change, Origin, Plan, Problem, Step
+from converters.plan import Change, Origin, Plan, Step
+from converters.routes import Problem
 from converters.target import Skeleton, build_skeleton, traits_of
 from converters.tensors import TensorSpec
 

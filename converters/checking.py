@@ -20,7 +20,7 @@ from converters.conversion import convert
 from converters.errors import ConverterError, MappingError
 from converters.lint import Finding, lint_closings, lint_file
 from converters.mapping import Mapping, load_mapping
-from converters.plan import Route, route
+from converters.routes import Route, route
 from converters.verifier import Verdict, verify
 from converters.verifier.references.__main__ import RUNNERS
 from converters.verifier.worker import Workers, run_task

@@ -14,11 +14,14 @@ from converters.description import fill_reference
 from converters.detection import find_plan, reference_of
 from converters.errors import ConverterError, NotExpressible, PlanError, TargetError
 from converters.mapping import Mapping, find_mappings
-from converters.plan import Plan, Route, route
+from converters.plan import Plan
 from converters.readers import Checkpoint, open_checkpoint
+from converters.routes import Route, route
+from converters.schema import ReferenceFile
 from converters.target import build_skeleton, traits_of
 from converters.tensors import LazyTensor, TensorSpec
 from converters.verifier.references.__main__ import RUNNERS
+from converters.verifier.references.random_weights import AROUND
 from converters.verifier.worker import run_task
 
 __all__ = ["Closing", "Question", "Unbuilt", "ask", "build", "close", "place_of", "pose", "unaided"]
@@ -57,6 +60,7 @@ class Closing:
     prefix: str  # that the model lies under, so that the family is detected
     routes: tuple[Route, ...]
     plan: Plan | None
+    checkpoint: Checkpoint  # names and shapes alone
 
 
 def ask(mapping: Mapping, targets: Sequence[str], img_size: int | None) -> Iterator[Question]:
@@ -82,7 +86,7 @@ def pose(mapping: Mapping, target: str, number: int, img_size: int | None, *, re
         args = {"num_classes": CLASSES} if traits.classifiers else {}
         args |= {"in_chans": traits.in_chans} if traits.first_convs else {}
         args |= {"img_size": img_size} if rebuilt else {}
-        skeleton = build_skeleton(target, {**mapping.target_args, **reference.target_args, **args})
+        skeleton = build_skeleton(target, {**mapping.args_of(target, reference), **args})
     except TargetError:
         return None
     config = skeleton.model.pretrained_cfg
@@ -132,7 +136,7 @@ def close(mapping: Mapping, question: Question, specs: Dict[str, TensorSpec]) ->
         outcome, detail = "refused", str(error)
     except ConverterError as error:
         outcome, detail = "open", str(error)
-    return Closing(question, outcome, detail, prefix, routes, plan)
+    return Closing(question, outcome, detail, prefix, routes, plan, checkpoint)
 
 
 def _detect(mapping: Mapping, target: str, checkpoint: Checkpoint) -> Plan:
@@ -163,9 +167,18 @@ def _as_saved(mapping: Mapping, question: Question, specs: Dict[str, TensorSpec]
     """The checkpoint, under a prefix that the mapping strips where the bare names are not the family's."""
     found = []
     for prefix in ("", *(f"{one.text}." for one in mapping.strip if not re.search(r"[*{]", one.text))):
-        tensors = {prefix + n: _unread(TensorSpec(prefix + n, s.shape, s.dtype)) for n, s in specs.items()}
-        found.append((prefix, Checkpoint(Path(question.target), "names and shapes", tensors)))
-    return next((one for one in found if mapping.applies(one[1].tensors)), found[0])
+        around = {name: TensorSpec(name, shape, "float32") for name, shape in AROUND.items()} if prefix else {}
+        lying = around | {prefix + n: TensorSpec(prefix + n, s.shape, s.dtype) for n, s in specs.items()}
+        tensors = {name: _unread(spec) for name, spec in lying.items()}
+        said = {"cfg": re.sub(r"'(\w+)': ", r"\1=", repr(question.block["model"]))}
+        found.append((prefix, Checkpoint(Path(question.target), "names and shapes", tensors, metadata=said)))
+    found = [one for one in found if mapping.applies(one[1].specs)] or found[:1]
+    own = (one for one in found if _reference(mapping, one[1]) is mapping.references[question.number])
+    return next(own, found[0])
+
+
+def _reference(mapping: Mapping, checkpoint: Checkpoint) -> ReferenceFile | None:
+    return reference_of(mapping, checkpoint, route(mapping, checkpoint.specs))
 
 
 def _unread(spec: TensorSpec) -> LazyTensor:

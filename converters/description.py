@@ -16,8 +16,9 @@ from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings
 from converters.names import split
 from converters.ops import Pipeline
-from converters.plan import Plan, route
+from converters.plan import Plan
 from converters.readers import Checkpoint
+from converters.routes import route
 from converters.schema import ReferenceFile
 from converters.target import Skeleton
 from converters.tensors import to_torch
@@ -210,7 +211,9 @@ def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, s
         "runner": reference.runner,
         "model": filled(reference.model, values),
         "outputs": reference.outputs,
-        "any_size": not fixed,
+        **({"input": reference.input} if reference.input else {}),
+        **({"mend": reference.mend} if reference.mend else {}),
+        "any_size": reference.any_size and not fixed,
     }
 
 

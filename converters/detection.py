@@ -19,9 +19,10 @@ from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import Pattern
-from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
+from converters.plan import Plan, make_plan, read_off, rendered
 from converters.preprocessing import fold_normalization, read_preprocessing, take_bgr
 from converters.readers import Checkpoint
+from converters.routes import Problem, Route, route
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.signature import read_signature
 from converters.target import build_skeleton, is_known, traits_of
@@ -130,7 +131,7 @@ def _alike(checkpoint: Checkpoint) -> list[Family]:
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
         parts = [replace(signature, detect=(patterns,)) for patterns in signature.detect]
-        shares.append((sum(part.applies(checkpoint.tensors) for part in parts) / max(len(parts), 1), name))
+        shares.append((sum(part.applies(checkpoint.specs) for part in parts) / max(len(parts), 1), name))
     ranked = (load_mapping(name) for share, name in sorted(shares, reverse=True) if share)
     families = list(islice((mapping for mapping in ranked if not mapping.any_target), _ALIKE))
     families = families or [mapping for mapping in map(load_mapping, find_mappings()) if not mapping.any_target]
@@ -142,10 +143,10 @@ def _alike(checkpoint: Checkpoint) -> list[Family]:
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
     """The families whose `detect` names the checkpoint has, those for a few targets before those for any."""
-    found = []
+    found, specs = [], checkpoint.specs
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
-        if signature.applies(checkpoint.tensors):
+        if signature.applies(specs):
             found.append(load_mapping(name))
     return sorted(found, key=lambda mapping: mapping.any_target)
 
@@ -177,7 +178,7 @@ def _plan_for(
 ) -> Plan | tuple[Problem, ...]:
     """The plan, or what keeps it from closing; `exactly` with timm's own sizes, else with those of the source."""
     reference = reference_of(mapping, checkpoint, routes)
-    own = {**mapping.target_args, **(reference.target_args if reference else {})}
+    own = mapping.args_of(architecture, reference)
     traits = traits_of(architecture)
     read = read_off(mapping, routes, traits)
     if "in_chans" in read:  # a stem may fold pixels into channels before its first convolution
@@ -191,14 +192,14 @@ def _plan_for(
     if exactly and not asked.ways.classes and not trained_windows(build_skeleton(architecture, given), sizes):
         plan = make_plan(mapping, routes, build_skeleton(architecture, given | sizes))
         if isinstance(plan, Plan):
-            return _with_preprocessing(plan, checkpoint, asked)
+            return _with_preprocessing(plan, reference, checkpoint, asked)
         if not sizes:
             return plan
     for _ in range(3):  # with other patches the grid is another one, and it may have another size
         skeleton = build_skeleton(architecture, given)
         plan = make_plan(mapping, routes, skeleton)
         if isinstance(plan, Plan):
-            plan = _with_preprocessing(plan, checkpoint, asked)
+            plan = _with_preprocessing(plan, reference, checkpoint, asked)
             return change(plan, sizes, asked.ways) if sizes or asked.ways.classes else plan
         more = {} if exactly else own_sizes(skeleton, plan)
         if not more:
@@ -207,10 +208,11 @@ def _plan_for(
     return plan
 
 
-def _with_preprocessing(plan: Plan, checkpoint: Checkpoint, asked: _Asked) -> Plan:
+def _with_preprocessing(plan: Plan, reference: ReferenceFile | None, checkpoint: Checkpoint, asked: _Asked) -> Plan:
     """The plan with what the file says of its model's input, or the user."""
     found, row = read_preprocessing(checkpoint.metadata), plan.mapping.targets.get(plan.skeleton.architecture, {})
-    values = {**filled(plan.mapping.preprocess, row), **found.values}
+    published = {**plan.mapping.preprocess, **(reference.preprocess if reference else {})}
+    values = {**filled(published, row), **found.values}
     bgr = values.pop("bgr", False) or found.bgr if asked.ways.bgr is None else asked.ways.bgr
     plan = replace(plan, preprocess=values)
     plan = take_bgr(plan) if bgr else plan
@@ -282,10 +284,11 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
     if when.metadata is not None:
         said = _squeezed(json.dumps(checkpoint.metadata, default=str))
         texts = [when.metadata] if isinstance(when.metadata, str) else when.metadata
-        if not any(_squeezed(text) in said for text in texts):
+        if not any(_squeezed(text) in said for text in texts) or (when.without and _squeezed(when.without) in said):
             return False
-    pattern = Pattern.parse(when.source) if when.source else None
-    return pattern is None or any(pattern.match(item.segments) for item in routes)
+    sources = [when.source] if isinstance(when.source, str) else when.source
+    patterns = [Pattern.parse(source) for source in sources or ()]
+    return sources is None or any(pattern.match(item.segments) for pattern in patterns for item in routes)
 
 
 def _squeezed(text: str) -> str:

@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 from converters.errors import PlanError, printable
-from converters.mapping import Drop, Fill, Mapping, Rule
-from converters.names import fold
+from converters.folding import fold
+from converters.mapping import Mapping
 from converters.ops import IDENTITY, OpError
-from converters.plan import Problem
+from converters.routes import Problem
+from converters.rows import Drop, Fill, Rule
 
 __all__ = ["KINDS", "cures", "diagnose"]
 

@@ -13,9 +13,11 @@ from itertools import islice, product
 from typing import Any
 
 from converters.errors import TargetError
-from converters.mapping import Drop, Fill, Mapping, Rule, most_specific
+from converters.mapping import Mapping
 from converters.names import Pattern, split
-from converters.plan import Plan, Route
+from converters.plan import Plan
+from converters.routes import Route
+from converters.rows import Drop, Fill, Rule, most_specific
 from converters.target import build_skeleton
 
 __all__ = ["Finding", "lint_closings", "lint_file"]
@@ -60,7 +62,7 @@ def _place(finding: Finding) -> tuple[int, str]:
 def _targets(mapping: Mapping) -> Iterator[Finding]:
     for target in mapping.targets:
         try:
-            build_skeleton(target, mapping.target_args)
+            build_skeleton(target, mapping.args_of(target))
         except TargetError as error:
             yield Finding(mapping.lines.of("targets", target), "error", str(error))
 
@@ -156,8 +158,8 @@ def _used_fills(mapping: Mapping, plan: Plan) -> Iterator[Fill]:
 
 def _detect(mapping: Mapping, closings: Sequence[tuple[Route, ...]]) -> Iterator[Finding]:
     names = {name for routes in closings for route in routes for name in (route.segments, split(route.spec.name))}
-    for number, patterns in enumerate(mapping.detect):
-        for index, pattern in enumerate(patterns):
-            if not any(pattern.match(name) for name in names):
+    for number, signs in enumerate(mapping.detect):
+        for index, sign in enumerate(signs):
+            if not sign.absent and not any(sign.pattern.match(name) for name in names):
                 line = mapping.lines.of("detect", number, index)
-                yield Finding(line, "warning", f"detect `{pattern.text}` is in none of the references' checkpoints")
+                yield Finding(line, "warning", f"detect `{sign.text}` is in none of the references' checkpoints")

@@ -5,95 +5,37 @@ Every fault is a MappingError that names file and line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from converters.errors import MappingError
-from converters.names import Match, Pattern, Template
+from converters.names import Pattern, Template
 from converters.ops import IDENTITY, Pipeline
-from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
-from converters.signature import Signature
+from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Way
+from converters.schema import (
+    Deviation,
+    DropFile,
+    Evidence,
+    FillFile,
+    MappingFile,
+    ReferenceFile,
+    Refusal,
+    RowFile,
+    validate,
+)
+from converters.signature import Sign, Signature
 from converters.strict_yaml import Lines, load
 
 __all__ = [
-    "Drop",
-    "Fill",
-    "Leaf",
     "Mapping",
-    "Rule",
-    "Way",
     "find_mappings",
     "load_mapping",
     "mappings_folder",
-    "most_specific",
 ]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One way to write a leaf: its name in timm and the ops that lay it out; `rank` chooses between ways."""
-
-    name: str
-    ops: Pipeline
-    rank: int | None
-
-
-Leaves = dict[str, tuple[Leaf, ...]]
-
-
-@dataclass(frozen=True)
-class Way:
-    """Where a rule leads, if what its guard names is there."""
-
-    template: Template
-    ops: Pipeline
-    source: Template | None = None
-    target: Template | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """One row of the table; the first way whose guard holds is taken."""
-
-    line: int
-    pattern: Pattern
-    ways: tuple[Way, ...]
-
-    @property
-    def text(self) -> str:
-        return f"{self.pattern.text}: {self.ways[0].template.text}"
-
-
-@dataclass(frozen=True, eq=False)
-class Drop:
-    """A source that is discarded, and why."""
-
-    line: int
-    pattern: Pattern
-    reason: str
-    zeros: bool = False  # its values must be zero
-
-    @property
-    def text(self) -> str:
-        return f"{self.pattern.text}: {self.reason}"
-
-
-@dataclass(frozen=True, eq=False)
-class Fill:
-    """A value for targets that no source reaches."""
-
-    line: int
-    pattern: Pattern
-    value: int | float
-    reason: str = ""  # a caveat
-
-    @property
-    def text(self) -> str:
-        return f"{self.pattern.text}: {self.value}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +50,7 @@ class Mapping(Signature):
     leaves: Leaves
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
-    enumerate: dict[str, tuple[Pattern, ...]]
+    enumerate: tuple[Numbering, ...]
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
@@ -123,23 +65,12 @@ class Mapping(Signature):
         """Its targets; "any" where every timm model is one."""
         return ["any"] if self.any_target else list(self.targets)
 
-
-Row = TypeVar("Row", bound=Rule | Drop | Fill)
-
-
-def most_specific(rows: Iterable[Row], name: tuple[str, ...]) -> tuple[list[Row], Match | None]:
-    """The rows that match a name and take most of it, most literally: none, one, or the several that tie."""
-    best: list[Row] = []
-    found: Match | None = None
-    for row in rows:
-        match = row.pattern.match(name)
-        if match is None or (found and match.rank < found.rank):
-            continue
-        if found is None or match.rank > found.rank:
-            best, found = [row], match
-        else:
-            best.append(row)
-    return best, found
+    def args_of(self, target: str, reference: ReferenceFile | None = None) -> dict[str, Any]:
+        """timm's arguments for a target; `$name` stands for a value of its row, and is left out where there is none."""
+        args = {**self.target_args, **(reference.target_args if reference else {})}
+        values = {f"${name}": value for name, value in self.targets.get(target, {}).items()}
+        filled = {key: values.get(given, given) if isinstance(given, str) else given for key, given in args.items()}
+        return {key: given for key, given in filled.items() if not str(given).startswith("$")}
 
 
 def mappings_folder() -> Path:
@@ -193,12 +124,23 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
 
     for key, text in file.ops.items():
         _check_op(key, text, lines)
-    numbered = {
-        key: tuple(pattern(text, "enumerate", key) for text in ([texts] if isinstance(texts, str) else texts))
-        for key, texts in file.enumerate.items()
-    }
 
-    def rule(table: str, left: str, ways: list[str | RowFile], numbers: dict[str, tuple[Pattern, ...]]) -> Rule:
+    def sign(text: str, place: int) -> Sign:
+        try:
+            return Sign.parse(text, file.tables)
+        except ValueError as error:
+            raise lines.error(str(error), "detect", place) from None
+
+    def numbering(left: str, right: str | list[str]) -> Numbering:
+        targets = tuple(pattern(text, "enumerate", left) for text in ([right] if isinstance(right, str) else right))
+        try:
+            return Numbering.parse(left, targets, file.tables)
+        except ValueError as error:
+            raise lines.error(str(error), "enumerate", left) from None
+
+    numberings = tuple(numbering(left, right) for left, right in file.enumerate.items())
+
+    def rule(table: str, left: str, ways: list[str | RowFile], numbers: tuple[Numbering, ...]) -> Rule:
         parsed = pattern(left, table, left)
         if None in parsed.segments:
             raise lines.error("`**` stands in drop and fill only", table, left)
@@ -208,12 +150,11 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
             raise lines.error(str(error), table, left) from None
 
     rows: list[Rule | Drop] = [
-        rule("rules", left, right if isinstance(right, list) else [right], numbered)
+        rule("rules", left, right if isinstance(right, list) else [right], numberings)
         for left, right in file.rules.items()
     ]
     for left, drop in file.drop.items():
-        reason = drop if isinstance(drop, str) else drop.reason
-        rows.append(Drop(lines.of("drop", left), pattern(left, "drop", left), reason, zeros=drop is not reason))
+        rows.append(_drop(left, drop, pattern, lines))
     if file.targets == "none" and not any(one.when == Evidence() for one in file.refuse):
         raise lines.error("without targets a family needs a reason: a `refuse` without `when`", "targets")
     references = file.reference if isinstance(file.reference, list) else [file.reference]
@@ -225,7 +166,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         targets={} if isinstance(file.targets, str) else {key: value or {} for key, value in file.targets.items()},
         target_args=file.target_args,
         detect=tuple(
-            tuple(pattern(text, "detect", i) for text in ([one] if isinstance(one, str) else one))
+            tuple(sign(text, i) for text in ([one] if isinstance(one, str) else one))
             for i, one in enumerate(file.detect)
         ),
         strip=tuple(pattern(text.rstrip("./"), "strip", i) for i, text in enumerate(strip)),
@@ -236,16 +177,26 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
             Fill(lines.of("fill", text), pattern(text, "fill", text), *_value(value))
             for text, value in file.fill.items()
         ),
-        enumerate=numbered,
+        enumerate=numberings,
         preprocess=file.model_dump(include={"preprocess"})["preprocess"],
         references=tuple(references),
         refuse=tuple(file.refuse),
         caveat=file.caveat,
-        taps=tuple(rule("taps", left, [right], {}) for left, right in file.taps.items()),
+        taps=tuple(rule("taps", left, [right], ()) for left, right in file.taps.items()),
         deviation=tuple((pattern(one.where, "deviation", i, "where"), one) for i, one in enumerate(file.deviation)),
         lines=lines,
         title=title,
     )
+
+
+def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], lines: Lines) -> Drop:
+    parsed = pattern(left, "drop", left)
+    if isinstance(drop, str):
+        return Drop(lines.of("drop", left), parsed, drop)
+    buffer = None if drop.only == "zeros" else Template.parse(drop.only)
+    if buffer and (missing := buffer.fields - parsed.fields):
+        raise lines.error(f"`{buffer.text}`: {{{min(missing)}}} is captured nowhere on the left", "drop", left)
+    return Drop(lines.of("drop", left), parsed, drop.reason, drop.only == "zeros", buffer)
 
 
 def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
@@ -262,17 +213,18 @@ def _check_op(name: str, text: str, lines: Lines) -> None:
         raise lines.error(f"`{name}` is a built-in op", "ops", name, cure="choose another name")
 
 
-def _way(row: str | RowFile, left: Pattern, numbered: dict[str, tuple[Pattern, ...]], ops: dict[str, str]) -> Way:
+def _way(row: str | RowFile, left: Pattern, numberings: tuple[Numbering, ...], ops: dict[str, str]) -> Way:
     row = RowFile(to=row) if isinstance(row, str) else row
     name, _, pipeline = _outside_braces(row.to)
     template = Template.parse(name.strip())
     source, target = (Template.parse(text) if text else None for text in (row.when.source, row.when.target))
     given = set(left.fields)
-    for key in left.fields & numbered.keys():
-        fields = {field for modules in numbered[key] for field in modules.fields}
-        if twice := given & fields:
-            raise ValueError(f"{{{min(twice)}}} is captured on the left and by `enumerate` too")
-        given |= fields
+    for numbering in numberings:
+        if left.fields.issuperset(numbering.fields):
+            fields = {field for target in numbering.targets for field in target.fields}
+            if twice := given & fields:
+                raise ValueError(f"{{{min(twice)}}} is captured on the left and by `enumerate` too")
+            given |= fields
     for needs in filter(None, (template, source, target)):
         if missing := needs.fields - given:
             raise ValueError(f"`{needs.text}`: {{{min(missing)}}} is captured nowhere on the left")

@@ -48,8 +48,9 @@ class RowFile(_Strict):
 class Evidence(_Strict):
     """What a checkpoint shows of its origin: all that it names must be there."""
 
-    source: str | None = None  # a module or tensor, as a pattern
+    source: str | list[str] | None = None  # a module or tensor, as a pattern, or one of these
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
+    without: str | None = None  # a text that is not there
 
 
 class ReferenceFile(_Strict):
@@ -62,8 +63,12 @@ class ReferenceFile(_Strict):
     runner: str
     model: dict[str, Any]
     outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
+    any_size: bool = True  # whether it takes images of another size than timm's
+    input: str = ""  # ops that make timm's input of the reference's: `flip 1` for a model of BGR images
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
+    mend: dict[str, str] = {}  # modules that its code calls again in the place of others: `{ln1: ln2}`
+    preprocess: dict[str, Any] = {}  # where its published weights want other than the family's
 
 
 class Refusal(_Strict):
@@ -78,7 +83,7 @@ class DropFile(_Strict):
     """A source that may be dropped only if its values are what its place in timm would have."""
 
     reason: Annotated[str, _SOME]
-    only: Literal["zeros"]
+    only: Annotated[str, _SOME]  # "zeros", or the name of timm's own buffer
 
 
 class FillFile(_Strict):
@@ -112,23 +117,24 @@ class MappingFile(_Strict):
     """The schema of a mapping file."""
 
     targets: Annotated[dict[str, dict[str, Any] | None], _SOME] | Literal["any", "none"]  # none: all are refused
-    detect: Annotated[list[str | Annotated[list[str], _SOME]], _SOME]  # all must be there; of an inner list, one
+    detect: Annotated[list[str | Annotated[list[str], _SOME]], _SOME]  # all must hold; of an inner list, one
     leaves: str | dict[str, str | Annotated[list[str], _SOME]] = "torch"  # `like:` another layout, and some of its own
     rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]] = {}
-    target_args: dict[str, Any] = {}
+    target_args: dict[str, Any] = {}  # `$name` stands for a value of the target's row
     strip: str | list[str] = []
     renumber: list[str] = []  # what automatic names begin with; see numbering.py
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
     fill: dict[str, int | float | FillFile] = {}
-    enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}  # a list: in the order in which the target has them
+    # a number, or a pattern of the source's modules: the target's, counted through; a list: in the target's order
+    enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     # timm's settings, or `bgr: true`; here too `$name` stands for a value of the target's row
     preprocess: dict[str, ConstantFile | list[int] | list[float] | Plain] = {}
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
     caveat: str = ""  # what must be told although plans close
-    taps: dict[str, str] = {}  # source module: whose output timm's has, and ops that lay timm's out as the source's
+    taps: dict[str, str] = {}  # source module: whose output timm's has (or `none`), and ops that lay timm's out so
     deviation: list[Deviation] = []
 
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.mapping import load_mapping
-from converters.plan import Plan, make_plan, read_off, route
+from converters.plan import Plan, make_plan, read_off
+from converters.routes import route
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 
@@ -115,6 +116,26 @@ CLOSES = {
         "conv_96.w=2 conv_100.w=3 conv_9.w=1",
         "a.w=1 b.1.w=2 b.2.w=3",
         {"a.w": "conv_9.w", "b.1.w": "conv_96.w", "b.2.w": "conv_100.w"},
+    ),
+    "several kinds of modules are counted as the target has them": (
+        "x{n}: ['s.{i}.{j}', 's.{i}.down']\n\nenumerate: {n: ['s.{i}.down', 's.{i}.{j}']}",
+        "x0.w=1 x1.w=2 x2.w=3",
+        "s.0.0.w=1 s.1.down.w=2 s.1.0.w=3",
+        {"s.0.0.w": "x0.w", "s.1.down.w": "x1.w", "s.1.0.w": "x2.w"},
+    ),
+    "enumerate counts the source's modules too, whatever their numbers are": (
+        "l{k}.{j}.c: s.{i}.c\n\nenumerate: {'l{k}.{j}.c': 's.{i}'}",
+        "l1.0.c.w=1 l3.10.c.w=4 l3.9.c.w=3 l3.0.c.w=2",
+        "s.0.c.w=1 s.2.c.w=2 s.3.c.w=3 s.4.c.w=4",
+        {"s.0.c.w": "l1.0.c.w", "s.2.c.w": "l3.0.c.w", "s.3.c.w": "l3.9.c.w", "s.4.c.w": "l3.10.c.w"},
+    ),
+    "two that count, and the way that needs one of them": (
+        "f.{i}.c:\n  - {to: 'f.{n-1}', when: {source: 'f.{i}.b'}}\n  - f.{c}\nf.{i}.b: f.{n}\n\n"
+        "enumerate: {'f.{i}.c': 'f.{c}', 'f.{i}.b': 'f.{n}.mean'}",
+        "f.0.c.w=1 f.0.b.w=2 f.0.b.mean=2 f.2.c.w=3 f.2.b.w=4 f.2.b.mean=4",
+        "f.0.w=1 f.1.w=2 f.1.mean=2 f.3.w=3 f.4.w=4 f.4.mean=4",
+        {"f.0.w": "f.0.c.w", "f.1.w": "f.0.b.w", "f.1.mean": "f.0.b.mean"}
+        | {"f.3.w": "f.2.c.w", "f.4.w": "f.2.b.w", "f.4.mean": "f.2.b.mean"},
     ),
     "tables of words and of numbers": (
         "conv_{l}: stem.{l}\nc{k}: t.{2*k}\n\ntables: {l: {a: '0', aa: '1'}, k: {x: 1, y: 2}}",
@@ -302,3 +323,9 @@ def test_classes_and_channels_are_read_off_the_source(family, specs, sources, ar
 def test_a_target_without_classes_is_asked_for_none(family, specs, classifiers):
     mapping = family("rules: {stem: conv1}", KERAS)
     assert read_off(mapping, route(mapping, specs("stem/kernel=7x7x3x64")), Traits(classifiers, ("conv1",), 0, 3)) == {}
+
+
+def test_a_fill_with_a_reason_is_a_caveat(plan):
+    text = rules("a: b\n\nfill: {norm: {value: 0, reason: not in the file}, bn: 1}")
+    closed = plan(text, "a.w=2", "b.w=2 norm.w=3 norm.b=3 bn.w=3")
+    assert closed.caveats == ("norm.{w,b} are 0: not in the file",)

@@ -20,11 +20,12 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
-    ("errors", "tensors"),
-    ("card", "names", "numbering", "ops", "strict_yaml", "values"),
+    ("calculations", "errors", "tensors"),
+    ("card", "folding", "names", "numbering", "ops", "strict_yaml", "values"),
     ("normalizers",),
-    ("schema", "signature", "target", "readers"),
+    ("rows", "schema", "signature", "target", "readers"),
     ("mapping",),
+    ("routes",),
     ("plan",),
     ("changes", "deployment", "features", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
     ("detection",),

@@ -79,6 +79,12 @@ def test_modules_are_numbered_in_order():
     assert skeleton.number(Pattern.parse("nothing.{i}")) == []
 
 
+def test_a_model_of_features_alone_has_no_classes():
+    skeleton = build_skeleton("mobilenetv2_035", {"features_only": True})
+    assert (skeleton.model.num_classes, skeleton.model.num_features) == (0, 0)
+    assert not any(name.startswith(("conv_head", "classifier")) for name in skeleton.specs)
+
+
 def test_architectures_are_timms():
     assert is_known("resnet18") and not is_known("resnet19")
     assert torch.get_default_device().type == "cpu"  # building on meta leaves nothing behind

@@ -156,6 +156,9 @@ SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
         "an MMPretrain classifier with a deep stem": mmpretrain({"type": "ResNetV1d", "depth": 50}, 2048),
         "an MMSegmentation backbone": mmseg({"type": "ResNetV1c", "depth": 50}),
     },
+    "mmlab/timm_backbone": {
+        "a classifier": mmpretrain({"type": "TIMMBackbone", "model_name": "mobilenetv4_conv_small"}, 1280),
+    },
     "keras/mobilenet_v2": {
         "a classifier": keras("MobileNetV2", alpha=0.35, input_shape=[96, 96, 3]),
         "no top": keras("MobileNetV2", include_top=False, input_shape=[96, 96, 3]),
@@ -203,7 +206,8 @@ SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
 
 def of_references(family: str) -> dict[str, Specs]:
     """What the smallest model of each reference has."""
-    mapping, found = load_mapping(family), dict[int, tuple[str, Specs]]()
+    mapping, found = load_mapping(family), dict[int, Specs]()
+    titles = dict[int, str]()
     with tempfile.TemporaryDirectory() as folder:
         questions = sorted(ask(mapping, (), None), key=lambda one: one.parameters)
         for question, specs in build(questions, Path(folder)).items():
@@ -211,12 +215,11 @@ def of_references(family: str) -> dict[str, Specs]:
                 None if isinstance(specs, Unbuilt) or question.number in found else close(mapping, question, specs)
             )
             if closing and closing.outcome == "closes":
-                tensors = {closing.prefix + name: _listed(one.shape, one.dtype) for name, one in specs.items()}
                 title = f"{question.block['runner']}, {question.target}"
-                if title in [title for title, _ in found.values()]:
-                    title = f"{title}, reference {question.number + 1}"
-                found[question.number] = title, {"metadata": {}, "tensors": tensors}
-    return dict(source for _, source in sorted(found.items()))
+                again = f", reference {question.number + 1}" if title in titles.values() else ""
+                titles[question.number] = title + again
+                found[question.number] = _source(closing.checkpoint)
+    return {titles[number]: found[number] for number in sorted(found)}
 
 
 def _source(checkpoint: Checkpoint) -> Specs:

@@ -118,8 +118,7 @@ def verify(
     )
     if mutants and verdict.passed:
         tell("comparing mutants")
-        how: dict[str, Any] = {"weights": weights, "deviation": subject.deviation, "models": models}
-        proof = run_mutants(subject.directory, recording, **how)
+        proof = run_mutants(subject.directory, recording, weights=weights, deviation=subject.deviation, models=models)
         verdict = replace(verdict, mutants=proof)
     _write(subject.directory / "verification.json", verdict.to_json())
     note_verification(subject.directory, str(verdict).splitlines()[0])

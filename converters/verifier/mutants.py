@@ -19,7 +19,7 @@ import numpy as np
 from converters.verifier.compare import compare
 from converters.verifier.faults import KINDS, Fault, Kind, applied
 from converters.verifier.recording import Recording
-from converters.verifier.target import load_target, run_model, single_threaded
+from converters.verifier.target import gives_features, load_target, run_model, single_threaded
 from converters.verifier.verdict import Comparison
 
 __all__ = ["Mutant", "Mutants", "Undetectable", "run_mutants"]
@@ -190,8 +190,10 @@ class _Trial:
 
     def _everything(self) -> dict[str, np.ndarray]:
         """The compared outputs and the model's last one, which may not be among them."""
-        last = "logits" if self.model.num_classes else "pre_logits"
-        return run_model(self.model, self.x.astype("float64"), [*self.names, last])
+        names = self.names
+        if not gives_features(self.model):
+            names = [*names, "logits" if self.model.num_classes else "pre_logits"]
+        return run_model(self.model, self.x.astype("float64"), names)
 
 
 def _order(output: str) -> tuple[int, int]:

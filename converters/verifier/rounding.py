@@ -1,8 +1,8 @@
-"""The gate for weights that are rounded, to a narrower dtype or after a calculation: each is the source's through the
-plan's ops, rounded once.
+"""The gate for rounded weights: each is the source's through the plan's ops, rounded once.
 
-The forward pass of rounded weights cannot agree with the reference's, so it decides nothing. The source's own
-values are made once more, as conversion.json says, compared with the stored ones bit for bit, and run in their
+Those are weights in a narrower dtype than the source's, and those that an op calculates. The forward pass of rounded
+weights cannot agree with the reference's, so it decides nothing. The source's own values are made once more, as
+conversion.json says, compared with the stored ones bit for bit, and run in their
 place: then the function is compared as sharply as any other.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from converters.errors import CheckpointError, printable
-from converters.ops import CALCULATING, OpError, Pipeline
+from converters.ops import OpError, Pipeline
 from converters.readers import Checkpoint
 from converters.tensors import to_torch
 from converters.verifier.subject import Subject
@@ -29,45 +29,41 @@ FORMATS = {  # binary digits, least exponent, largest value
     "float16": (11, -14, 65504.0),
     "bfloat16": (8, -126, 255 * 2.0**120),
     "float32": (24, -126, (2 - 2.0**-23) * 2.0**127),
-    "float64": (53, -1022, (2 - 2.0**-52) * 2.0**1023),
 }
 
 
 def unrounded(subject: Subject, checkpoint: Checkpoint) -> tuple[dict[str, Any], Rounding | None]:
-    """The tensors that were rounded, as they are before that, and whether they were rounded well.
+    """The tensors that were rounded, as the source has them, and whether they were rounded well.
 
-    None where the conversion kept the source's dtype and calculated nothing. Raises CheckpointError.
+    None where every tensor is the source's, bit for bit. Raises CheckpointError.
     """
-    calculated = {
-        name
-        for name, origin in subject.tensors.items()
-        if CALCULATING & {op.split()[0] for op in origin.get("ops", "").split("|") if op.strip()}
-    }
-    if subject.dtype == "source" and not calculated:
-        return {}, None
     from safetensors import safe_open
 
     exact: dict[str, Any] = {}
-    wrong, count, dtypes = [], 0, set[str]()
+    wrong, dtypes = [], list[str]()
     path = subject.directory / "model.safetensors"
     with safe_open(path, "pt") as stored:
         names = set(stored.keys())
         for name, origin in subject.tensors.items():
-            if "from" not in origin or (subject.dtype == "source" and name not in calculated):
+            if "from" not in origin or (subject.dtype == "source" and _moves_only(origin)):
                 continue
             given = stored.get_tensor(name) if name in names else None
             right = _recomputed(name, subject, checkpoint)
-            dtype = str(right.dtype).removeprefix("torch.") if subject.dtype == "source" else subject.dtype
-            if not right.is_floating_point():
+            if not right.is_floating_point() or (given is not None and given.dtype == right.dtype):
                 continue
-            if name not in calculated and given is not None and given.dtype == right.dtype:
-                continue
-            count += 1
-            dtypes.add(dtype)
-            exact[name] = _recomputed(name, subject, checkpoint, exactly=True) if name in calculated else right
-            if given is None or not _is_rounded(given, right, dtype):
+            kept = checkpoint.tensors[origin["from"][0]].spec.dtype
+            dtypes.append(kept if subject.dtype == "source" else subject.dtype)
+            exact[name] = right
+            if given is None or not _is_rounded(given, right, dtypes[-1]):
                 wrong.append(name)
-    return exact, Rounding(", ".join(sorted(dtypes)) or subject.dtype, count, tuple(wrong))
+    return exact, Rounding(dtypes[0], len(dtypes), tuple(wrong)) if dtypes else None
+
+
+def _moves_only(origin: Mapping[str, Any]) -> bool:
+    try:
+        return Pipeline.parse(origin.get("ops", "")).lossless
+    except ValueError:
+        return False  # _recomputed says so
 
 
 def with_errors(comparisons: tuple[Comparison, ...], exact: Answers, rounded: Answers) -> tuple[Comparison, ...]:
@@ -95,15 +91,14 @@ def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.abs(rounded) > most, np.copysign(np.inf, values), rounded)
 
 
-def _recomputed(name: str, subject: Subject, checkpoint: Checkpoint, *, exactly: bool = False) -> Any:
-    """A target's tensor in the source's dtype, or in float64."""
+def _recomputed(name: str, subject: Subject, checkpoint: Checkpoint) -> Any:
+    """A target's tensor in the source's dtype, or in float64 where an op calculates it."""
     import torch
 
     origin = subject.tensors[name]
     try:
         sources = [checkpoint.tensors[source] for source in origin["from"]]
         tensors = [to_torch(source.read(), source.spec) for source in sources]
-        tensors = [tensor.double() for tensor in tensors] if exactly else tensors
         part, parts = origin.get("part", (0, 1))
         found: torch.Tensor = Pipeline.parse(origin["ops"]).run(tensors, parts)[part]
     except (KeyError, IndexError, TypeError, OpError, ValueError) as error:

@@ -6,6 +6,7 @@ The mapping's `taps:` say where a source module's counterpart lies differently:
 
     block_{n}_expand_BN:  block_{n}_expand_relu              timm's gives what this one gives
     stages.{i}:           stages.{i} | b h w c -> b (h w) c  timm's, so laid out, is the source's; if of that rank
+    layer{i}.bn2:         none                               timm's gives what no module of the source gives
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Mapping as Dict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from converters.mapping import Mapping, most_specific
+from converters.mapping import Mapping
 from converters.names import split
 from converters.ops import IDENTITY, Pipeline
 from converters.plan import Plan, Step
+from converters.rows import most_specific
 from converters.tensors import TensorSpec
 
 __all__ = ["Pair", "pair_modules", "read_pairs"]
@@ -66,8 +68,8 @@ def pair_modules(plan: Plan, specs: Dict[str, TensorSpec]) -> tuple[Pair, ...]:
     found = []
     for (source, target), steps in sorted(pairs.items(), key=lambda item: item[0][1]):
         rule = steps[0].origin.rule
-        if rule and here[source] == there[target]:
-            output, layout = _tapped(plan.mapping, source)
+        if rule and here[source] == there[target] and (tap := _tapped(plan.mapping, source)):
+            output, layout = tap
             weights = [step for step in steps if step.target.name == f"{target}.weight"]
             order = "".join(_order(step, specs) for step in weights)
             found.append(Pair(target, source, rule.line, output, layout, order))
@@ -94,8 +96,8 @@ def _carried(source: tuple[str, ...], step: Step) -> Iterator[tuple[str, str]]:
         yield ".".join(source[: len(source) - depth]), ".".join(target[: len(target) - depth])
 
 
-def _tapped(mapping: Mapping, source: str) -> tuple[str, str]:
-    """The module whose output counts, and the layout, by the mapping's `taps:`."""
+def _tapped(mapping: Mapping, source: str) -> tuple[str, str] | None:
+    """The module whose output counts, and the layout, by the mapping's `taps:`; None where they say `none`."""
     rows, match = most_specific(mapping.taps, split(source))
     if not rows or not match:
         return source, ""
@@ -104,11 +106,13 @@ def _tapped(mapping: Mapping, source: str) -> tuple[str, str]:
         raise mapping.lines.error(f"taps in lines {lines} match {source} alike", "taps", rows[0].pattern.text)
     (way,) = rows[0].ways
     (name,) = way.template.render(match.captures)
+    if name == "none":
+        return None
     return ".".join((*split(name), *match.rest)), way.ops.text
 
 
 def _order(weight: Step, specs: Dict[str, TensorSpec]) -> str:
-    """The row's own ops, which come behind those of the leaf's layout, if they keep the weight's shape."""
+    """The row's own ops, which come behind those of the leaf's layout, if they only move what a weight has."""
     rule, ops = weight.origin.rule, weight.origin.ops.ops
     shapes = [specs[name].shape for name in weight.origin.sources]
     for way in rule.ways if rule else ():

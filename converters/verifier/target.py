@@ -6,6 +6,8 @@ Its outputs, by name:
     forward_features   model.forward_features(x)
     pre_logits         what the classifier is applied to
     features.K         the K-th of model.forward_intermediates(x), NCHW, before any final norm
+
+A model made with `features_only` has the last kind alone: the K-th that it gives.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from converters.verifier.recording import PRECISIONS, Activations
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["blamed", "load_target", "run_model", "run_target", "single_threaded"]
+__all__ = ["blamed", "gives_features", "load_target", "run_model", "run_target", "single_threaded"]
 
 
 def run_target(
@@ -74,6 +76,11 @@ def run_model(model: Any, x: np.ndarray, names: Sequence[str]) -> dict[str, np.n
         return {name: value.numpy() for name, value in _outputs(model, torch.from_numpy(x), names).items()}
 
 
+def gives_features(model: Any) -> bool:
+    """Whether it was made with `features_only`, and gives a list of feature maps."""
+    return hasattr(getattr(model, "feature_info", None), "out_indices")
+
+
 @contextmanager
 def single_threaded() -> Iterator[None]:
     """Sums in one order, so that a run can be repeated to the bit."""
@@ -89,6 +96,8 @@ def single_threaded() -> Iterator[None]:
 
 def _outputs(model: Any, x: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """The outputs; what `forward_features` gave while the logits were made is not made again."""
+    if gives_features(model):
+        return {name: value for k, value in enumerate(model(x)) if (name := f"features.{k}") in names}
     found: dict[str, torch.Tensor] = {}
     features: list[torch.Tensor] = []
     with _heard(model, x, features):

@@ -83,6 +83,12 @@ def test_the_order_is_what_a_row_does_to_a_weight_that_keeps_its_shape(pairs, op
     assert pair.order == order
 
 
+def test_where_taps_say_none_there_is_no_pair(pairs):
+    names = "{0}1.weight=2 {0}2.weight=2"
+    found = pairs("rules:\n  norm{k}: n{k}\ntaps: {norm2: none}\n", names.format("norm"), names.format("n"))
+    assert set(found) == {"n1"}
+
+
 def test_taps_that_tie_are_told_with_their_lines(pairs):
     with pytest.raises(MappingError, match=r"taps in lines 7 and 8 match a1 alike"):
         pairs("rules:\n  a1: b\ntaps:\n  a{x}: a\n  '*1': a\n", "a1.weight=2", "b.weight=2")

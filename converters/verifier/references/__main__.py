@@ -8,6 +8,8 @@
     job.json       {"runner", "model" or "config", "outputs": {name: "the runner's name | ops"}, "input": "ops",
                     "source": {"file", "files", "wrappers", "chosen"}, "trust",
                     "limits": {"seconds", "bytes", "threads"}}
+                   and, where the framework's code calls a module again in the place of another, whose weights then
+                   do nothing, "mend": {"layers.{i}.ln1": "layers.{i}.ln2"}
                    and, to look inside, "taps": {"inputs": [module], "outputs": [module]}; "precisions": 1 for the
                    best alone
     inputs.npz     one float32 NCHW array for each probe

@@ -14,7 +14,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["save_pretrained", "surround", "write_weights"]
+__all__ = ["AROUND", "save_pretrained", "surround", "write_weights"]
+
+AROUND = {  # of a detector
+    "neck.lateral_convs.0.conv.weight": (256, 64, 1, 1),
+    "neck.lateral_convs.0.conv.bias": (256,),
+    "bbox_head.fc_cls.weight": (81, 1024),
+}
 
 
 def write_weights(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> dict[str, Any]:
@@ -41,11 +47,7 @@ def surround(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
     if not prefix:
         return OrderedDict(state)
-    around = {
-        "neck.lateral_convs.0.conv.weight": torch.randn(256, 64, 1, 1),
-        "neck.lateral_convs.0.conv.bias": torch.randn(256),
-        "bbox_head.fc_cls.weight": torch.randn(81, 1024),
-    }
+    around = {name: torch.randn(shape) for name, shape in AROUND.items()}
     return OrderedDict([*((prefix + name, value) for name, value in state.items()), *around.items()])
 
 
