@@ -23,7 +23,7 @@ def write_card(folder: Path, record: Mapping[str, Any]) -> None:
     text = f"""---
 library_name: timm
 {license}tags:
-- image-classification
+- image-{"classification" if target["args"].get("num_classes") != 0 else "feature-extraction"}
 - timm
 ---
 # {_plain(target["architecture"])} from {_plain(source["name"])}

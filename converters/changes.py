@@ -16,10 +16,12 @@ from typing import Any
 
 from converters import normalizers
 from converters.errors import TargetError
+from converters.folding import fold
 from converters.mapping import Drop
-from converters.names import Pattern, fold
+from converters.names import Pattern
 from converters.ops import Op, Pipeline
-from converters.plan import Change, Origin, Plan, Problem, Step
+from converters.plan import Change, Origin, Plan, Step
+from converters.routes import Problem
 from converters.target import Skeleton, build_skeleton, traits_of
 from converters.tensors import TensorSpec
 
@@ -37,6 +39,7 @@ class Ways:
     resample: str = "timm"  # one of normalizers.WAYS
     classes: slice | tuple[int, ...] | None = None  # which of the source's classes are kept, in this order
     alpha: bool = False  # further input channels get no weight
+    fold: bool = False  # put mean and std into the first convolution
     bgr: bool | None = None  # whether the source takes BGR images; None: what the file says
 
     def __post_init__(self) -> None:
@@ -79,6 +82,7 @@ def change(plan: Plan, sizes: Mapping[str, Any], ways: Ways) -> Plan:
         drops={**plan.drops, **dict.fromkeys(sorted(lost), removed)},
         unchanged=old,
         changes=(
+            *plan.changes,
             *work.told(),
             *[Change("the classifier was removed", inside=False)] * bool(lost),
             *[Change("other windows, with coordinates scaled as in training", inside=True)] * bool(trained),

@@ -20,7 +20,7 @@ from converters.conversion import convert
 from converters.errors import ConverterError, MappingError
 from converters.lint import Finding, lint_closings, lint_file
 from converters.mapping import Mapping, load_mapping
-from converters.plan import Route, route
+from converters.routes import Route, route
 from converters.verifier import Verdict, verify
 from converters.verifier.references.__main__ import RUNNERS
 from converters.verifier.worker import Workers, run_task
@@ -29,7 +29,7 @@ __all__ = ["Case", "Check", "check"]
 
 BATCH = 4  # from which batch norms take their statistics
 SIZE = 96  # pixels, for models that take any size: a feature map of stride 32 still has a middle
-SUFFIXES = {"keras": ".weights.h5"}
+SUFFIXES = {"keras": ".weights.h5", "flax": ".npz", "tensorflow": ".ckpt"}
 
 Place = tuple[str, int]  # a target, and the number of a reference
 Answer = Closing | Unbuilt | None  # None: another reference answers for that checkpoint

@@ -12,10 +12,11 @@ from typing import Any
 
 from converters.description import fill_reference
 from converters.detection import find_plan, reference_of
-from converters.errors import ConverterError, NotExpressible, TargetError
+from converters.errors import ConverterError, NotExpressible, PlanError, TargetError
 from converters.mapping import Mapping, find_mappings
-from converters.plan import Plan, Route, route
+from converters.plan import Plan
 from converters.readers import Checkpoint, open_checkpoint
+from converters.routes import Route, route
 from converters.schema import ReferenceFile
 from converters.target import build_skeleton, traits_of
 from converters.tensors import LazyTensor, TensorSpec
@@ -81,14 +82,17 @@ def pose(mapping: Mapping, target: str, number: int, img_size: int | None, *, re
     if reference.runner not in RUNNERS or (rebuilt and '"$img_size"' not in json.dumps(reference.model)):
         return None
     try:
-        args = {"num_classes": CLASSES} if traits_of(target).classifiers else {}
+        traits = traits_of(target)  # these are the arguments that a plan reads off a checkpoint
+        args = {"num_classes": CLASSES} if traits.classifiers else {}
+        args |= {"in_chans": traits.in_chans} if traits.first_convs else {}
         args |= {"img_size": img_size} if rebuilt else {}
         skeleton = build_skeleton(target, {**mapping.args_of(target, reference), **args})
     except TargetError:
         return None
     config = skeleton.model.pretrained_cfg
     asked = img_size if rebuilt or not config.get("fixed_input_size") else None
-    size = [config["input_size"][0], asked, asked] if asked else list(config["input_size"])
+    own = mapping.preprocess.get("input_size", config["input_size"])
+    size = [own[0], asked, asked] if asked else list(own)
     block = fill_reference(reference, mapping, skeleton, size)
     parameters = sum(spec.numel for spec in skeleton.specs.values())
     return Question(target, number, block, tuple(size), asked, parameters, rebuilt)
@@ -127,16 +131,26 @@ def close(mapping: Mapping, question: Question, specs: Dict[str, TensorSpec]) ->
         return None
     plan, outcome, detail = None, "closes", ""
     try:
-        plan = find_plan(checkpoint, family=mapping.name, target=question.target)
-        found = find_plan(checkpoint, family=unaided(mapping))
-        if (found.mapping.name, found.skeleton.architecture) != (mapping.name, question.target):
-            outcome = "open"
-            detail = f"without --family and --to it is taken for {found.skeleton.architecture} by {found.mapping.name}"
+        plan = _detect(mapping, question.target, checkpoint)
     except NotExpressible as error:
         outcome, detail = "refused", str(error)
     except ConverterError as error:
         outcome, detail = "open", str(error)
     return Closing(question, outcome, detail, prefix, routes, plan, checkpoint)
+
+
+def _detect(mapping: Mapping, target: str, checkpoint: Checkpoint) -> Plan:
+    """The plan that is found without --family and --to, if it is the right one. Raises ConverterError."""
+    try:
+        found = find_plan(checkpoint, family=unaided(mapping))
+    except ConverterError:
+        find_plan(checkpoint, family=mapping.name, target=target)  # has a better reason, if any
+        raise
+    if (found.mapping.name, found.skeleton.architecture) == (mapping.name, target):
+        return found
+    find_plan(checkpoint, family=mapping.name, target=target)
+    other = f"{found.skeleton.architecture} by {found.mapping.name}"
+    raise PlanError(f"without --family and --to it is taken for {other}")
 
 
 def unaided(mapping: Mapping) -> str | None:

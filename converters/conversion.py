@@ -56,7 +56,7 @@ def convert(
     ema: bool | None = None,
     img_size: int | list[int] | None = None,
     ways: Ways | None = None,
-    features: bool = False,
+    purpose: str = "model",
     license: str | None = None,
     dtype: str = "source",
     expect_sha256: str | None = None,
@@ -69,21 +69,22 @@ def convert(
 
     `family` (a name, or a file) and `target` (a timm model) are found where they are not given; `args` are
     timm's, on top of the mapping's own; `img_size` in pixels, or height and width. Other sizes than the source's
-    (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`. `features`
-    gives the tensors the names of a `features_only=True` model. `license` is for the model card. Without
-    `allow_deviation` a family that timm computes only nearly is refused. Raises ConverterError; then nothing is
-    left at `directory`.
+    (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`.
+    `purpose` is "model", "features" (the names of a `features_only=True` model) or "deployment" (branches fused).
+    `license` is for the model card. Without `allow_deviation` a family that timm computes only nearly is refused.
+    Raises ConverterError; then nothing is left at `directory`.
     """
     checkpoint = open_checkpoint(_fetch(source, progress) if not dry_run or expect_sha256 else source, key=key, ema=ema)
     wanted = not dry_run or expect_sha256
     digest = _begin(checkpoint.sha256) if wanted else None  # while timm is imported
+    from converters.deployment import fuse_branches
     from converters.description import describe, write_description
     from converters.detection import find_plan
     from converters.emitter import new_folder, write_tensors
     from converters.features import only_features
 
     plan = find_plan(checkpoint, family=family, target=target, args=args, img_size=img_size, ways=ways)
-    plan = only_features(plan) if features else plan
+    plan = {"model": lambda one: one, "features": only_features, "deployment": fuse_branches}[purpose](plan)
     record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema, license=license)
     if digest and expect_sha256 and expect_sha256.lower() != digest.result():
         raise CheckpointError(f"has the SHA-256 {digest.result()}, not the expected one", file=checkpoint.path)

@@ -16,11 +16,13 @@ from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings
 from converters.names import split
 from converters.ops import Pipeline
-from converters.plan import Plan, route
+from converters.plan import Plan
 from converters.readers import Checkpoint
+from converters.routes import route
 from converters.schema import ReferenceFile
 from converters.target import Skeleton
 from converters.tensors import to_torch
+from converters.values import filled
 from converters.verifier.taps import Pair, pair_modules
 
 __all__ = ["describe", "fill_reference", "write_description"]
@@ -60,7 +62,7 @@ def describe(
         "family_sha256": hashlib.sha256(mapping.path.read_bytes()).hexdigest(),
         "target": {"architecture": skeleton.architecture, "args": skeleton.args},
         "dtype": dtype,
-        "input_size": _input_size(plan.skeleton, img_size),
+        "input_size": _input_size(plan, plan.skeleton, img_size),
         "preprocess": _constants(plan, checkpoint),
         "license": license,
         "label_names": _label_names(plan, checkpoint.metadata),
@@ -169,9 +171,9 @@ def _first_names(value: Any, count: int, depth: int = 0) -> list[str] | None:
     return next((found for inner in value.values() if (found := _first_names(inner, count, depth + 1))), None)
 
 
-def _input_size(skeleton: Skeleton, img_size: int | list[int] | None) -> list[int]:
+def _input_size(plan: Plan, skeleton: Skeleton, img_size: int | list[int] | None) -> list[int]:
     """Channels, height and width."""
-    size = list(skeleton.model.pretrained_cfg["input_size"])
+    size = list(plan.preprocess.get("input_size", skeleton.model.pretrained_cfg["input_size"]))
     size[0] = skeleton.args.get("in_chans", size[0])
     if given := img_size or skeleton.args.get("img_size"):
         size[1:] = [given, given] if isinstance(given, int) else list(given)
@@ -184,7 +186,7 @@ def _reference(plan: Plan, checkpoint: Checkpoint, img_size: int | list[int] | N
     if reference is None or any(change.inside for change in plan.changes):
         return None
     own = plan.unchanged or plan.skeleton
-    block = fill_reference(reference, plan.mapping, own, _input_size(own, img_size))
+    block = fill_reference(reference, plan.mapping, own, _input_size(plan, own, img_size))
     if plan.changes:
         block["outputs"] = {name: theirs for name, theirs in block["outputs"].items() if name != "logits"}
     if plan.bgr:
@@ -207,9 +209,10 @@ def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, s
     fixed = target.model.pretrained_cfg.get("fixed_input_size") or '"$img_size"' in json.dumps(reference.model)
     return {
         "runner": reference.runner,
-        "model": _filled(reference.model, values),
+        "model": filled(reference.model, values),
         "outputs": reference.outputs,
         **({"input": reference.input} if reference.input else {}),
+        **({"mend": reference.mend} if reference.mend else {}),
         "any_size": reference.any_size and not fixed,
     }
 
@@ -225,27 +228,6 @@ def _deviations(plan: Plan) -> list[dict[str, Any]]:
         if where := [name for name, match in matches if match and not match.rest]:
             found.append({**deviation.model_dump(), "where": where})
     return found
-
-
-def _filled(template: Any, values: Mapping[str, Any]) -> Any:
-    """A template with its `$names` replaced; an entry with a name that has no value is left out.
-
-    >>> _filled({"depth": "$depth", "groups": "$groups", "shape": ["$size", 3]}, {"depth": 50, "size": 8})
-    {'depth': 50, 'shape': [8, 3]}
-    >>> _filled({"shape": ["$size", 3]}, {})
-    {}
-    """
-    if isinstance(template, dict):
-        return {key: _filled(value, values) for key, value in template.items() if not _unknown(value, values)}
-    if isinstance(template, list):
-        return [_filled(value, values) for value in template]
-    return values[template[1:]] if isinstance(template, str) and template.startswith("$") else template
-
-
-def _unknown(template: Any, values: Mapping[str, Any]) -> bool:
-    if isinstance(template, list):
-        return any(_unknown(part, values) for part in template)
-    return isinstance(template, str) and template.startswith("$") and template[1:] not in values
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -18,13 +18,15 @@ from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
-from converters.names import prefixes, split
-from converters.plan import Plan, Problem, Route, make_plan, read_off, rendered, route
-from converters.preprocessing import read_preprocessing, take_bgr
+from converters.names import Pattern
+from converters.plan import Plan, make_plan, read_off, rendered
+from converters.preprocessing import fold_normalization, read_preprocessing, take_bgr
 from converters.readers import Checkpoint
+from converters.routes import Problem, Route, route
 from converters.schema import Evidence, ReferenceFile, Refusal
 from converters.signature import read_signature
 from converters.target import build_skeleton, is_known, traits_of
+from converters.values import filled
 
 __all__ = ["Nearest", "applying_families", "find_nearest", "find_plan", "name_digest", "reference_of"]
 
@@ -107,7 +109,7 @@ class Nearest:
 
 
 def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
-    """The family and target whose plan has the fewest problems; None where no family has a row for any tensor."""
+    """The family and target whose plan has the fewest problems; None where no family knows half of the tensors."""
     found: list[Nearest] = []
     asked = _Asked({}, None, Ways())
     applying = [mapping for mapping in applying_families(checkpoint) if not mapping.any_target]
@@ -124,18 +126,19 @@ def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
 
 
 def _alike(checkpoint: Checkpoint) -> list[Family]:
-    """The family that has rows for most of the tensors, among those of which a name is there, or else among all."""
+    """The family with rows for the most tensors, half at least; of those of which a name is there, or else of all."""
     shares: list[tuple[float, str]] = []
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
         parts = [replace(signature, detect=(patterns,)) for patterns in signature.detect]
-        shares.append((sum(part.applies(checkpoint.tensors) for part in parts) / max(len(parts), 1), name))
+        shares.append((sum(part.applies(checkpoint.specs) for part in parts) / max(len(parts), 1), name))
     ranked = (load_mapping(name) for share, name in sorted(shares, reverse=True) if share)
     families = list(islice((mapping for mapping in ranked if not mapping.any_target), _ALIKE))
     families = families or [mapping for mapping in map(load_mapping, find_mappings()) if not mapping.any_target]
     routes = [route(mapping, checkpoint.specs) for mapping in families]
     rows = [sum(bool(item.match and item.match.rank[1]) for item in items) for items in routes]  # some match anything
-    return [families[rows.index(max(rows))]] if any(rows) else []
+    best = max(rows, default=0)
+    return [families[rows.index(best)]] if best and 2 * best >= len(checkpoint.tensors) else []
 
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
@@ -189,14 +192,14 @@ def _plan_for(
     if exactly and not asked.ways.classes and not trained_windows(build_skeleton(architecture, given), sizes):
         plan = make_plan(mapping, routes, build_skeleton(architecture, given | sizes))
         if isinstance(plan, Plan):
-            return _with_preprocessing(plan, checkpoint, asked)
+            return _with_preprocessing(plan, reference, checkpoint, asked)
         if not sizes:
             return plan
     for _ in range(3):  # with other patches the grid is another one, and it may have another size
         skeleton = build_skeleton(architecture, given)
         plan = make_plan(mapping, routes, skeleton)
         if isinstance(plan, Plan):
-            plan = _with_preprocessing(plan, checkpoint, asked)
+            plan = _with_preprocessing(plan, reference, checkpoint, asked)
             return change(plan, sizes, asked.ways) if sizes or asked.ways.classes else plan
         more = {} if exactly else own_sizes(skeleton, plan)
         if not more:
@@ -205,11 +208,15 @@ def _plan_for(
     return plan
 
 
-def _with_preprocessing(plan: Plan, checkpoint: Checkpoint, asked: _Asked) -> Plan:
+def _with_preprocessing(plan: Plan, reference: ReferenceFile | None, checkpoint: Checkpoint, asked: _Asked) -> Plan:
     """The plan with what the file says of its model's input, or the user."""
-    found = read_preprocessing(checkpoint.metadata)
-    plan = replace(plan, preprocess={**plan.mapping.preprocess, **found.values})
-    return take_bgr(plan) if (found.bgr if asked.ways.bgr is None else asked.ways.bgr) else plan
+    found, row = read_preprocessing(checkpoint.metadata), plan.mapping.targets.get(plan.skeleton.architecture, {})
+    published = {**plan.mapping.preprocess, **(reference.preprocess if reference else {})}
+    values = {**filled(published, row), **found.values}
+    bgr = values.pop("bgr", False) or found.bgr if asked.ways.bgr is None else asked.ways.bgr
+    plan = replace(plan, preprocess=values)
+    plan = take_bgr(plan) if bgr else plan
+    return fold_normalization(plan) if asked.ways.fold else plan
 
 
 def _candidates(
@@ -256,7 +263,10 @@ def _only(closed: list[Plan], checkpoint: Checkpoint) -> Plan:
 
 
 def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The reasons that the file can neither confirm nor rule out. Raises NotExpressible for one that it confirms."""
+    """What is to be told, and the reasons that the file can neither confirm nor rule out.
+
+    Raises NotExpressible for one that it confirms.
+    """
     routes = route(mapping, checkpoint.specs)
     unsure: list[Refusal] = []
     for refusal in mapping.refuse:
@@ -266,7 +276,8 @@ def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
             )
         if refusal.unless and not _holds(refusal.unless, checkpoint, routes):
             unsure.append(refusal)
-    return tuple(f"the file does not say whether {refusal.reason}; its tensors cannot tell" for refusal in unsure)
+    told = [mapping.caveat] if mapping.caveat else []
+    return (*told, *(f"the file does not say whether {one.reason}; its tensors cannot tell" for one in unsure))
 
 
 def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) -> bool:
@@ -276,8 +287,8 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
         if not any(_squeezed(text) in said for text in texts) or (when.without and _squeezed(when.without) in said):
             return False
     sources = [when.source] if isinstance(when.source, str) else when.source
-    there = prefixes(item.segments for item in routes)
-    return sources is None or any(split(source) in there for source in sources)
+    patterns = [Pattern.parse(source) for source in sources or ()]
+    return sources is None or any(pattern.match(item.segments) for pattern in patterns for item in routes)
 
 
 def _squeezed(text: str) -> str:

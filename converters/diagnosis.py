@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 
 from converters.errors import PlanError, printable
+from converters.folding import fold
 from converters.mapping import Mapping
-from converters.names import fold
-from converters.ops import OpError
-from converters.plan import Problem
+from converters.ops import IDENTITY, OpError
+from converters.routes import Problem
 from converters.rows import Drop, Fill, Rule
 
 __all__ = ["KINDS", "cures", "diagnose"]
@@ -54,8 +54,14 @@ def diagnose(mapping: Mapping, target: str, problems: Sequence[Problem]) -> Plan
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} lines more; is this the right family?"]
     for left, right in cures(mapping, problems)[:_MOST_LINES]:
-        lines.append(f"  try      {printable(left)}: {right}      (same indices, same shapes)")
+        lines.append(f"  try      {printable(left)}: {right}      (same indices, same shapes{_doubt(mapping)})")
     return PlanError("\n".join(lines))
+
+
+def _doubt(mapping: Mapping) -> str:
+    """What shapes do not show, where the family's other rows have ops of their own."""
+    ways = (way for row in mapping.rows if isinstance(row, Rule) for way in row.ways)
+    return "; its ops are yours to check" if any(way.ops != IDENTITY for way in ways) else ""
 
 
 def cures(mapping: Mapping, problems: Sequence[Problem]) -> list[tuple[str, str]]:

@@ -24,10 +24,12 @@ from converters.errors import CheckpointError, OutputError, printable
 from converters.ops import OpError
 from converters.plan import Plan, Step
 from converters.readers import Checkpoint
+from converters.target import compute_buffers
 from converters.tensors import DTYPES, LazyTensor, TensorSpec, from_torch, to_torch
 
 __all__ = ["OUTPUT_FILES", "new_folder", "write_tensors"]
 
+AT_ONCE = 128 << 20  # bytes that are flushed
 OUTPUT_FILES = ("model.safetensors", "config.json", "conversion.json", "README.md", "verification.json")
 
 
@@ -74,26 +76,27 @@ def write_tensors(
     specs = {step.target.name: _emitted(step.target, dtype) for step in plan.steps}
     header, places = _layout(specs)
     copied, computed = _divide(plan, checkpoint, specs)
-    done, total = 0, sum(spec.nbytes for spec in specs.values())
+    start, done, total = len(header), 0, sum(spec.nbytes for spec in specs.values())
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
+    def written() -> Iterator[int]:
+        for name, tensor in copied.items():
+            tensor.copy(file, start + places[name])  # type: ignore[misc]
+            yield specs[name].nbytes
+        for step, raw in _contents(computed, checkpoint, specs):
+            assert raw.nbytes == specs[step.target.name].nbytes, f"{step.target.name}: {raw.nbytes} bytes"
+            _write(file, raw, start + places[step.target.name])
+            yield raw.nbytes
 
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         _reserve(file, len(header) + total)
         _write(file, memoryview(header), 0)
-        start = len(header)
-        for name, tensor in copied.items():
-            tensor.copy(file, start + places[name])  # type: ignore[misc]
-            advance(specs[name].nbytes)
-        for step, raw in _contents(computed, checkpoint, specs):
-            assert raw.nbytes == specs[step.target.name].nbytes, f"{step.target.name}: {raw.nbytes} bytes"
-            _write(file, raw, start + places[step.target.name])
-            advance(raw.nbytes)
+        with _flush_behind(file) as flush:
+            for count in written():
+                done += count
+                flush(count)
+                if progress:
+                    progress(done, total)
     finally:
         os.close(file)
     _check_dropped(plan, checkpoint)
@@ -102,13 +105,45 @@ def write_tensors(
     _read_back(path, specs)
 
 
+@contextmanager
+def _flush_behind(file: int) -> Iterator[Callable[[int], None]]:
+    """Brings a file to the disk while it is written, so that little is left to flush when it is whole.
+
+    It is to be told how many bytes were written, and raises OSError where the disk fails.
+    """
+    flush, dirty = getattr(os, "fdatasync", os.fsync), 0
+    with ThreadPoolExecutor(1) as disk:
+        last = disk.submit(lambda: None)
+
+        def advance(count: int) -> None:
+            nonlocal dirty, last
+            dirty += count
+            if dirty >= AT_ONCE and last.done():
+                last.result()
+                dirty, last = 0, disk.submit(flush, file)
+
+        yield advance
+        last.result()
+
+
 def _check_dropped(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Sources that may be dropped only while they are zero."""
-    for name, drop in plan.drops.items():
+    """Sources that may be dropped only while they are zero, or what timm computes."""
+    held = {name: drop for name, drop in plan.drops.items() if drop.zeros or drop.buffer}
+    own = plan.unchanged or plan.skeleton  # the user may have asked for other sizes
+    buffers = compute_buffers(own) if any(drop.buffer for drop in held.values()) else {}
+    for name, drop in held.items():
         tensor = checkpoint.tensors[name]
-        if drop.zeros and to_torch(tensor.read(), tensor.spec).count_nonzero():
+        values = to_torch(tensor.read(), tensor.spec)
+        if drop.zeros and values.count_nonzero():
             reason = f"is not zero, and can be dropped only as zeros: {drop.reason}"
             raise CheckpointError(reason, file=checkpoint.path, tensor=name)
+        match = drop.pattern.match(plan.mapping.stripped(name))
+        if drop.buffer and match:
+            (place,) = drop.buffer.render(match.captures)
+            if not values.double().allclose(buffers[place].double(), rtol=0, atol=1e-5):  # sums in another order
+                reason = f"is not what {own.architecture} computes for itself: {drop.reason}"
+                cure = "name another model with --to, or arguments of this one with --arg"
+                raise CheckpointError(reason, file=checkpoint.path, tensor=name, cure=cure)
 
 
 def _divide(

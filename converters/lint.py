@@ -15,7 +15,8 @@ from typing import Any
 from converters.errors import TargetError
 from converters.mapping import Mapping
 from converters.names import Pattern, split
-from converters.plan import Plan, Route
+from converters.plan import Plan
+from converters.routes import Route
 from converters.rows import Drop, Fill, Rule, most_specific
 from converters.target import build_skeleton
 

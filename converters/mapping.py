@@ -5,6 +5,7 @@ Every fault is a MappingError that names file and line.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +16,17 @@ from converters.errors import MappingError
 from converters.names import Pattern, Template
 from converters.ops import IDENTITY, Pipeline
 from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Way
-from converters.schema import Deviation, Evidence, FillFile, MappingFile, ReferenceFile, Refusal, RowFile, validate
+from converters.schema import (
+    Deviation,
+    DropFile,
+    Evidence,
+    FillFile,
+    MappingFile,
+    ReferenceFile,
+    Refusal,
+    RowFile,
+    validate,
+)
 from converters.signature import Sign, Signature
 from converters.strict_yaml import Lines, load
 
@@ -43,6 +54,7 @@ class Mapping(Signature):
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
+    caveat: str
     taps: tuple[Rule, ...]
     deviation: tuple[tuple[Pattern, Deviation], ...]
     lines: Lines = field(repr=False)
@@ -119,9 +131,10 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         except ValueError as error:
             raise lines.error(str(error), "detect", place) from None
 
-    def numbering(left: str, right: str) -> Numbering:
+    def numbering(left: str, right: str | list[str]) -> Numbering:
+        targets = tuple(pattern(text, "enumerate", left) for text in ([right] if isinstance(right, str) else right))
         try:
-            return Numbering.parse(left, pattern(right, "enumerate", left), file.tables)
+            return Numbering.parse(left, targets, file.tables)
         except ValueError as error:
             raise lines.error(str(error), "enumerate", left) from None
 
@@ -141,8 +154,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         for left, right in file.rules.items()
     ]
     for left, drop in file.drop.items():
-        reason = drop if isinstance(drop, str) else drop.reason
-        rows.append(Drop(lines.of("drop", left), pattern(left, "drop", left), reason, zeros=drop is not reason))
+        rows.append(_drop(left, drop, pattern, lines))
     if file.targets == "none" and not any(one.when == Evidence() for one in file.refuse):
         raise lines.error("without targets a family needs a reason: a `refuse` without `when`", "targets")
     references = file.reference if isinstance(file.reference, list) else [file.reference]
@@ -158,6 +170,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
             for i, one in enumerate(file.detect)
         ),
         strip=tuple(pattern(text.rstrip("./"), "strip", i) for i, text in enumerate(strip)),
+        renumber=tuple(file.renumber),
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
@@ -168,11 +181,22 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         preprocess=file.model_dump(include={"preprocess"})["preprocess"],
         references=tuple(references),
         refuse=tuple(file.refuse),
+        caveat=file.caveat,
         taps=tuple(rule("taps", left, [right], ()) for left, right in file.taps.items()),
         deviation=tuple((pattern(one.where, "deviation", i, "where"), one) for i, one in enumerate(file.deviation)),
         lines=lines,
         title=title,
     )
+
+
+def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], lines: Lines) -> Drop:
+    parsed = pattern(left, "drop", left)
+    if isinstance(drop, str):
+        return Drop(lines.of("drop", left), parsed, drop)
+    buffer = None if drop.only == "zeros" else Template.parse(drop.only)
+    if buffer and (missing := buffer.fields - parsed.fields):
+        raise lines.error(f"`{buffer.text}`: {{{min(missing)}}} is captured nowhere on the left", "drop", left)
+    return Drop(lines.of("drop", left), parsed, drop.reason, drop.only == "zeros", buffer)
 
 
 def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
@@ -197,9 +221,10 @@ def _way(row: str | RowFile, left: Pattern, numberings: tuple[Numbering, ...], o
     given = set(left.fields)
     for numbering in numberings:
         if left.fields.issuperset(numbering.fields):
-            if twice := given & numbering.target.fields:
+            fields = {field for target in numbering.targets for field in target.fields}
+            if twice := given & fields:
                 raise ValueError(f"{{{min(twice)}}} is captured on the left and by `enumerate` too")
-            given |= numbering.target.fields
+            given |= fields
     for needs in filter(None, (template, source, target)):
         if missing := needs.fields - given:
             raise ValueError(f"`{needs.text}`: {{{min(missing)}}} is captured nowhere on the left")

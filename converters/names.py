@@ -5,6 +5,7 @@ A name is segments between `.` or `/`. In a pattern
     {i}          captures a number within its segment
     {l}          captures one of the words of table `l`, where the mapping has such a table
     {*}          captures any text within a segment
+    {**}         captures any number of whole segments
     {q|k|v}      takes each of these words, in this order: a gather on the left, a scatter on the right; on the
                  left a word may be several segments: {bn.bias|conv.bias}
     *            any text within a segment, not captured
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-__all__ = ["Match", "Pattern", "Template", "fold", "prefixes", "split"]
+__all__ = ["Match", "Pattern", "Template", "prefixes", "split"]
 
 Value = int | str
 Tables = Mapping[str, Mapping[str, Value]]
@@ -91,6 +92,7 @@ class Pattern:
     literals: int
     choices: tuple[str, ...] = ()
     tables: Tables = field(default_factory=dict, compare=False)
+    across: tuple[bool, ...] = ()  # of each `**`, whether it is captured
     ways: tuple[Pattern, ...] = ()  # one for each choice, where these are of several segments
 
     @classmethod
@@ -105,10 +107,11 @@ class Pattern:
             shortest = min(ways, key=lambda way: (len(way.segments), way.literals))
             return replace(shortest, text=text, choices=names, ways=ways)
         segments: list[re.Pattern[str] | None] = []
-        literals, choices, seen = 0, tuple[str, ...](), set[str]()
+        literals, choices, seen, across = 0, tuple[str, ...](), set[str](), tuple[bool, ...]()
         for segment in _segments_of(re.sub(r"([./]\*\*)+$", "", text)):
-            if segment == "**":
+            if segment in ("**", "{**}"):
                 segments.append(None)
+                across += (segment != "**",)
                 continue
             if not segment:
                 raise ValueError(f"`{text}` has a segment without text")
@@ -139,7 +142,10 @@ class Pattern:
             if "**" in outline or segment.count("*") > 2:
                 raise ValueError(f"`{segment}` can be read in more than one way; put text between its wildcards")
             segments.append(re.compile(regex))
-        return cls(text, tuple(segments), literals, choices, {k: v for k, v in tables.items() if k in seen})
+        if sum(across) > 1:
+            raise ValueError(f"`{text}` captures {{**}} twice")
+        known = {k: v for k, v in tables.items() if k in seen}
+        return cls(text, tuple(segments), literals, choices, known, across)
 
     def match(self, name: tuple[str, ...]) -> Match | None:
         """What this pattern takes of a name's segments, or None."""
@@ -167,35 +173,39 @@ class Pattern:
     def _match_across(self, name: tuple[str, ...]) -> tuple[int, dict[str, str]] | None:
         """Segments taken by a pattern with `**`, the shortest way first; a table over positions, never exponential."""
         reached: dict[int, dict[str, str]] = {0: {}}
+        captures = iter(self.across)
         for regex in self.segments:
             following: dict[int, dict[str, str]] = {}
+            captured = regex is None and next(captures)
             for position, groups in reached.items():
                 if regex is None:
                     for later in range(position, len(name)):
-                        following.setdefault(later, groups)
+                        more = {"_across": ".".join(name[position:later])} if captured else {}
+                        following.setdefault(later, {**groups, **more})
                 elif position < len(name) and (found := regex.fullmatch(name[position])):
                     following.setdefault(position + 1, {**groups, **found.groupdict()})
             reached = following
         return min(reached.items(), default=None, key=lambda item: item[0])
 
     def number(self, names: Iterable[tuple[str, ...]]) -> list[dict[str, Value]]:
-        """The captures of every module that it finds, in order of their numbers.
+        """The captures of every module that it finds, in order of their numbers, and else of the names.
 
         >>> Pattern.parse("s{i}.{j}").number([("s1", "0", "bias"), ("s0", "10"), ("s0", "9"), ("s0", "9", "weight")])
         [{'i': 0, 'j': 9}, {'i': 0, 'j': 10}, {'i': 1, 'j': 0}]
         """
-        found = {tuple(match.captures.items()) for name in names if (match := self.match(name))}
-        return [dict(captures) for captures in sorted(found, key=lambda c: [value for _, value in c])]
+        found = dict.fromkeys(tuple(match.captures.items()) for name in names if (match := self.match(name)))
+        return sorted(map(dict, found), key=lambda one: [value for value in one.values() if isinstance(value, int)])
 
     @property
     def fields(self) -> frozenset[str]:
         """The captures that it gives."""
         words = {word for regex in self.segments if regex for word in regex.groupindex} - {"_choice"}
-        return frozenset("*" if word == "_any" else word for word in words)
+        given = {"*" if word == "_any" else word for word in words}
+        return frozenset(given | ({"**"} if any(self.across) else set()))
 
     def _capture(self, key: str, text: str) -> tuple[str, Value]:
-        if key == "_any":
-            return "*", text
+        if key in ("_any", "_across"):
+            return ("*" if key == "_any" else "**"), text
         return key, self.tables[key][text] if key in self.tables else int(text)
 
 
@@ -222,7 +232,7 @@ class Template:
             elif "|" in inside:
                 pieces.append(("", _words(inside)))
             else:
-                pieces.append(("", ast.Name("*") if inside == "*" else _expression(inside)))
+                pieces.append(("", ast.Name(inside) if inside in ("*", "**") else _expression(inside)))
         return cls(text, tuple(pieces))
 
     @property
@@ -245,45 +255,6 @@ class Template:
             else:
                 texts = [text + str(_evaluate(piece, captures)) for text in texts]
         return tuple(texts)
-
-
-def fold(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Names folded over their numbers and last segments, each fold with how many names it stands for.
-
-    >>> fold(["b.0.fc.weight", "b.0.fc.bias", "b.1.fc.weight", "b.1.fc.bias", "norm.bias"])
-    [('b.{0..1}.fc.{weight,bias}', 4), ('norm.bias', 1)]
-    """
-    by_leaf: dict[tuple[str, ...], tuple[list[list[str]], int]] = {}
-    for name in names:
-        parts = re.split(r"([0-9]{1,9})", name)
-        ranges, count = by_leaf.setdefault(tuple(parts[::2]), ([[] for _ in parts[1::2]], 0))
-        for numbers, number in zip(ranges, parts[1::2], strict=True):
-            numbers.append(number)
-        by_leaf[tuple(parts[::2])] = ranges, count + 1
-    by_module: dict[tuple[str, str], int] = {}
-    for literals, (ranges, count) in by_leaf.items():
-        texts = [*map(_range, ranges), ""]
-        cut = max(literals[-1].rfind("."), literals[-1].rfind("/")) + 1
-        module = "".join(a + b for a, b in zip(literals[:-1], texts, strict=False)) + literals[-1][:cut]
-        place = (module, literals[-1][cut:]) if cut else ("", module + literals[-1])
-        by_module[place] = by_module.get(place, 0) + count
-    folded: dict[str, dict[str, int]] = {}
-    for (module, leaf), count in by_module.items():
-        folded.setdefault(module if module else leaf, {})[leaf if module else ""] = count
-    return [
-        (module + (next(iter(leaves)) if len(leaves) == 1 else "{" + ",".join(leaves) + "}"), sum(leaves.values()))
-        for module, leaves in folded.items()
-    ]
-
-
-def _range(numbers: list[str]) -> str:
-    """The least and the greatest, as they are spelled.
-
-    >>> _range(["2", "1", "10"]), _range(["08", "12"]), _range(["00"])
-    ('{1..10}', '{08..12}', '00')
-    """
-    low, high = min(numbers, key=int), max(numbers, key=int)
-    return low if int(low) == int(high) else f"{{{low}..{high}}}"
 
 
 def _segments_of(text: str) -> list[str]:

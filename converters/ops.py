@@ -6,17 +6,22 @@ An op takes a list of tensors and gives a list. It is written as one of
     ... (c h w) -> ... (w h c), h=2, w=2
     cat                             several tensors become one, along the first axis (`cat 1`: the second)
     chunk                           one becomes as many as there are names for, in equal parts
+    split 1 2                       as `chunk`, in parts of these proportions (q from k and v)
+    copy                            one becomes as many as there are names for, all alike
     flip 1                          an axis reversed (BGR to RGB)
     zeros 1                         a tensor of zeros beside the others, at place 1, like the first (a missing key bias)
     sum                             several tensors of one shape are added
-    sqrt                            the square root of every element
     sub                             the others are subtracted from the first
+    abs                             every element's magnitude
+    sqrt                            the square root of every element
     add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
     scale 0.5                       every element is multiplied
+    std_eps 1e-5 1e-8               a kernel, by output channels (axis 0), is scaled so that to divide it by the root of
+                                    its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
 and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
-others calculate in float64 and round once. An op has no face for shapes of its own: on torch's meta device it
-computes them, so a plan checks whole chains before a byte is read.
+others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
+torch's meta device it computes them, so a plan checks whole chains before a byte is read.
 
 >>> import torch
 >>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]
@@ -28,8 +33,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from converters.calculations import add, difference, magnitude, root, scale, std_eps, total
 
 if TYPE_CHECKING:
     import torch
@@ -66,18 +73,23 @@ class Op:
         word, *rest = text.split()
         if word in _MOVING and len(rest) <= 1 and all(re.fullmatch("[0-9]", part) for part in rest):
             return _MOVING[word](text, int(rest[0]) if rest else 0)
+        if word == "split" and len(rest) > 1 and all(re.fullmatch("[1-9]", part) for part in rest):
+            return _share(text, [int(part) for part in rest])
+        if word == "copy" and not rest:
+            return _COPY
         if word in _GATHERING and not rest:
             return _calculating(text, _GATHERING[word])
-        if word in _CONSTANT and len(rest) == 1 and re.fullmatch(_NUMBER, rest[0]):
-            return _calculating(text, partial(_CONSTANT[word], constant=float(rest[0])))
+        if len(rest) == _CONSTANTS.get(word) and all(re.fullmatch(_NUMBER, part) for part in rest):
+            return _calculating(text, lambda tensors: _CONSTANT[word](tensors, *map(float, rest)))
         for words, takes in (
             (_MOVING, "the number of an axis or a place, and nothing else"),
-            (_GATHERING, "nothing"),
-            (_CONSTANT, "one number"),
+            ((*_GATHERING, "copy"), "nothing"),
+            (("split",), "the proportions of two or more parts, each from 1 to 9"),
+            (_CONSTANT, "two numbers" if _CONSTANTS.get(word) == 2 else "one number"),
         ):
             if word in words:
                 raise ValueError(f"`{text}`: {word} takes {takes}")
-        there = ", ".join([*_MOVING, *_GATHERING, *_CONSTANT])
+        there = ", ".join([*_MOVING, "split", "copy", *_GATHERING, *_CONSTANT])
         raise ValueError(f"`{text}` is no op; there are {there}, einops patterns, and the entries of `ops:`")
 
 
@@ -262,6 +274,17 @@ def _chunk(text: str, axis: int) -> Op:
     return Op(text, run, lambda shapes: _cat(f"cat {axis}", axis))
 
 
+def _share(text: str, shares: list[int]) -> Op:
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        (tensor,) = tensors
+        unit, rest = divmod(len(tensor), sum(shares))
+        if rest:
+            raise ValueError(f"an axis of {len(tensor)} has no {sum(shares)} equal shares")
+        return list(tensor.split([share * unit for share in shares]))
+
+    return Op(text, run, lambda shapes: _cat("cat", 0))
+
+
 def _flip(text: str, axis: int) -> Op:
     return Op(text, lambda tensors, parts: [t.flip(axis) for t in tensors], lambda shapes: _flip(text, axis))
 
@@ -283,41 +306,21 @@ def _without(place: int) -> Op:
     )
 
 
+_FIRST = Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY)
+_COPY = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST)
+
+
 def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
-    """An op that computes elements: in float64, rounded once to the dtype that came in."""
+    """An op that computes elements, in float64; rounding is for whoever stores them."""
 
     def run(tensors: Tensors, parts: int) -> Tensors:
-        dtype = tensors[0].dtype
-        return [result.to(dtype) for result in function([tensor.double() for tensor in tensors])]
+        return function([tensor.double() for tensor in tensors])
 
     return Op(text, run, None)
 
 
-def _sum(tensors: Tensors) -> Tensors:
-    import torch
-
-    return [torch.stack(tensors).sum(0)]
-
-
-def _sub(tensors: Tensors) -> Tensors:
-    import torch
-
-    return [tensors[0] - torch.stack([torch.zeros_like(tensors[0]), *tensors[1:]]).sum(0)]
-
-
-def _sqrt(tensors: Tensors) -> Tensors:
-    return [tensor.sqrt() for tensor in tensors]
-
-
-def _add(tensors: Tensors, constant: float) -> Tensors:
-    return [tensor + constant for tensor in tensors]
-
-
-def _scale(tensors: Tensors, constant: float) -> Tensors:
-    return [tensor * constant for tensor in tensors]
-
-
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
-_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"sqrt": _sqrt, "sub": _sub, "sum": _sum}
-_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": _add, "scale": _scale}
+_GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": magnitude, "sqrt": root, "sub": difference, "sum": total}
+_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": add, "scale": scale, "std_eps": std_eps}
+_CONSTANTS = {"add": 1, "scale": 1, "std_eps": 2}  # how many each takes

@@ -7,19 +7,20 @@ routes to one target and returns a plan that closes, or every problem that keeps
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Mapping as Dict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from converters.folding import fold
 from converters.mapping import Mapping
-from converters.names import Match, fold, prefixes, split
+from converters.names import Match, prefixes, split
 from converters.ops import IDENTITY, OpError, Pipeline
-from converters.rows import Drop, Fill, Leaf, Numbered, Rule, Way, most_specific
+from converters.routes import Existing, Homeless, Problem, Route, follow
+from converters.rows import Drop, Rule, most_specific
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 
-__all__ = ["Change", "Origin", "Plan", "Problem", "Route", "Step", "make_plan", "read_off", "rendered", "route"]
+__all__ = ["Change", "Origin", "Plan", "Step", "make_plan", "read_off", "rendered"]
 
 
 @dataclass(frozen=True)
@@ -74,48 +75,6 @@ class Plan:
         return grouped
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One reason why a plan does not close."""
-
-    kind: str  # a key of diagnosis.KINDS
-    name: str  # the source or target that it is about
-    spec: TensorSpec
-    rows: tuple[Rule | Drop | Fill, ...] = ()
-    detail: str = ""
-    target: str = ""  # for a source that a rule sends nowhere: the name that the target lacks
-    shape: tuple[int, ...] = ()  # for a target of another shape: the one that its source would give
-
-
-@dataclass(frozen=True)
-class Route:
-    """What the mapping says of one source."""
-
-    spec: TensorSpec
-    segments: tuple[str, ...]  # its name, stripped of the family's prefixes
-    row: Rule | Drop | None
-    match: Match | None
-    problem: Problem | None = None
-
-
-def route(mapping: Mapping, specs: Dict[str, TensorSpec]) -> tuple[Route, ...]:
-    """Each source's most specific row."""
-    routes, taken = [], dict[tuple[str, ...], str]()
-    for name, spec in specs.items():
-        segments = mapping.stripped(name)
-        rows, match = most_specific(mapping.rows, segments)
-        problem = None
-        if other := taken.get(segments):
-            problem = Problem("twice", name, spec, detail=f"it and {other} are one name without their prefix")
-        elif len(rows) > 1:
-            problem = Problem("tie", name, spec, tuple(rows))
-        elif not rows:
-            problem = Problem("unmatched", name, spec)
-        taken[segments] = name
-        routes.append(Route(spec, segments, rows[0] if rows else None, match, problem))
-    return tuple(routes)
-
-
 def read_off(mapping: Mapping, routes: tuple[Route, ...], traits: Traits) -> dict[str, int]:
     """The classes and input channels that the source itself has, as timm arguments."""
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
@@ -144,11 +103,11 @@ def rendered(mapping: Mapping, routes: tuple[Route, ...]) -> frozenset[str]:
 
 def _without_target(mapping: Mapping, routes: tuple[Route, ...]) -> Iterator[tuple[Route, tuple[str, ...], Pipeline]]:
     """Each route that needs no target to be followed, with the names and ops at its end."""
-    existing = _Existing(frozenset(), prefixes(item.segments for item in routes))
+    existing = Existing(frozenset(), prefixes(item.segments for item in routes))
     for item in routes:
         if not item.problem and isinstance(item.row, Rule):
-            with suppress(KeyError, _Homeless):
-                yield item, *_destination(mapping, item, existing, ())
+            with suppress(KeyError, Homeless):
+                yield item, *follow(mapping, item, existing, ())
 
 
 def make_plan(mapping: Mapping, routes: tuple[Route, ...], skeleton: Skeleton) -> Plan | tuple[Problem, ...]:
@@ -157,22 +116,6 @@ def make_plan(mapping: Mapping, routes: tuple[Route, ...], skeleton: Skeleton) -
     for item in routes:
         draft.add(item)
     return draft.close()
-
-
-class _Homeless(Exception):
-    """A route that this target gives no place; the text says why."""
-
-
-@dataclass(frozen=True)
-class _Existing:
-    """What `when:` can ask for."""
-
-    target: frozenset[tuple[str, ...]]
-    source: frozenset[tuple[str, ...]]
-
-    def holds(self, way: Way, captures: dict[str, Any]) -> bool:
-        asked = ((way.source, self.source), (way.target, self.target))
-        return all(split(name) in there for guard, there in asked if guard for name in guard.render(captures))
 
 
 @dataclass
@@ -191,9 +134,9 @@ class _Draft:
 
     def __init__(self, mapping: Mapping, skeleton: Skeleton, routes: tuple[Route, ...]) -> None:
         self.mapping, self.skeleton = mapping, skeleton
-        self.existing = _Existing(skeleton.modules, prefixes(item.segments for item in routes))
+        self.existing = Existing(skeleton.modules, prefixes(item.segments for item in routes))
         self.numbered = tuple(
-            one.number(skeleton.number(one.target), (item.segments for item in routes)) for one in mapping.enumerate
+            one.number(skeleton.number(*one.targets), (item.segments for item in routes)) for one in mapping.enumerate
         )
         self.problems: list[Problem] = []
         self.drops: dict[str, Drop] = {}
@@ -203,15 +146,23 @@ class _Draft:
         if item.problem:
             self.problems.append(item.problem)
         elif isinstance(item.row, Drop):
-            self.drops[item.spec.name] = item.row
+            self._drop(item, item.row)
         elif isinstance(item.row, Rule) and item.match:
             self._send(item, item.row, item.match)
+
+    def _drop(self, item: Route, row: Drop) -> None:
+        self.drops[item.spec.name] = row
+        if row.buffer and item.match:
+            (name,) = row.buffer.render(item.match.captures)
+            if (there := self.skeleton.buffers.get(name, ())) != item.spec.shape:
+                detail = f"{_x(item.spec.shape)} here, {_x(there)} in timm"
+                self.problems.append(Problem("shape", item.spec.name, item.spec, (row,), detail))
 
     def _send(self, item: Route, rule: Rule, match: Match) -> None:
         name, spec = item.spec.name, item.spec
         try:
-            names, ops = _destination(self.mapping, item, self.existing, self.numbered)
-        except _Homeless as error:
+            names, ops = follow(self.mapping, item, self.existing, self.numbered)
+        except Homeless as error:
             self.problems.append(Problem("nowhere", name, spec, (rule,), str(error)))
             return
         if absent := [target for target in names if target not in self.skeleton.specs]:
@@ -237,7 +188,7 @@ class _Draft:
             fills, _ = most_specific(self.mapping.fill, split(name))
             if len(fills) != 1:
                 self.problems.append(Problem("tie" if fills else "missing", name, spec, tuple(fills)))
-            elif isinstance(fills[0].value, float) and _kind(spec.dtype) != "float":
+            elif isinstance(fills[0].value, float) and spec.kind != "float":
                 self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
                 steps.append(Step(spec, Origin(fill=fills[0].value)))
@@ -276,7 +227,7 @@ class _Draft:
         for spec in sources:
             if spec.dtype != sources[0].dtype:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {sources[0].dtype} from {sources[0].name}")
-            if _kind(spec.dtype) != _kind(wanted[0].dtype):
+            if spec.kind != wanted[0].kind:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {wanted[0].dtype} in timm")
         origin = Origin(tuple(s.name for s in sources), gather.ops, gather.rule, parts=len(names))
         return [
@@ -292,55 +243,6 @@ def _clash(item: Route, rule: Rule, target: str, there: _Gather) -> Problem:
     if there.rule is rule and item.match and item.match.choice not in there.members:
         detail = f"its indices or ops are not those of {other}"
     return Problem("clash", item.spec.name, item.spec, rows, detail)
-
-
-def _destination(
-    mapping: Mapping, item: Route, existing: _Existing, numbered: tuple[Numbered, ...]
-) -> tuple[tuple[str, ...], Pipeline]:
-    """The target names that a route leads to, and its ops. Raises _Homeless, or KeyError without the numbering."""
-    assert isinstance(item.row, Rule) and item.match
-    captures: dict[str, Any] = dict(item.match.captures)
-    for modules in numbered:
-        captures |= modules.find(item.match.captures)
-    try:
-        way = _way(item.row, captures, existing)
-        names = way.template.render(captures)
-    except KeyError as error:
-        counts = [f"the target has only {len(one.modules)} of {one.text}" for one in numbered]
-        if not counts:
-            raise
-        raise _Homeless(" and ".join(counts)) from error
-    except ValueError as error:  # arithmetic on a word, a division by zero
-        raise _Homeless(str(error)) from error
-    if not item.match.rest:
-        return names, way.ops
-    leaf = _leaf(mapping, item)
-    tail = ".".join((*item.match.rest[:-1], leaf.name))
-    return tuple(f"{name}.{tail}" for name in names), leaf.ops + way.ops
-
-
-def _way(rule: Rule, captures: dict[str, Any], existing: _Existing) -> Way:
-    for way in rule.ways:
-        if existing.holds(way, captures):
-            return way
-    raise _Homeless("no way of this row has a guard that holds")
-
-
-def _leaf(mapping: Mapping, item: Route) -> Leaf:
-    assert item.match
-    leaf, rank = item.match.rest[-1], len(item.spec.shape)
-    ways = mapping.leaves.get(leaf)
-    if ways is None:
-        return Leaf(leaf, IDENTITY, None)
-    for way in ways:
-        if way.rank in (None, rank):
-            return way
-    raise _Homeless(f"leaves.yaml has no layout for a `{leaf}` of rank {rank}")
-
-
-def _kind(dtype: str) -> str:
-    """What a dtype holds: a cast between two of a kind may round, between kinds it means something else."""
-    return next(kind for kind in ("float", "int", "complex", "bool") if kind in dtype)
 
 
 def _x(shape: tuple[int, ...]) -> str:

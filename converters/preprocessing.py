@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from converters.errors import TargetError
 from converters.normalizers import reverse_channels
-from converters.ops import Pipeline
-from converters.plan import Plan, Step
+from converters.ops import Op, Pipeline, Tensors
+from converters.plan import Change, Origin, Plan, Step
 from converters.target import traits_of
 
-__all__ = ["Preprocessing", "read_preprocessing", "take_bgr"]
+__all__ = ["Preprocessing", "fold_normalization", "read_preprocessing", "take_bgr"]
 
 MOST = 1 << 20  # characters of a configuration
 LONGEST = 64  # nested values
@@ -60,6 +61,52 @@ def take_bgr(plan: Plan) -> Plan:
         return replace(step, origin=replace(step.origin, ops=ops))
 
     return replace(plan, steps=tuple(map(turned, plan.steps)), bgr=True)
+
+
+def fold_normalization(plan: Plan) -> Plan:
+    """The plan for images from 0 to 1: mean and standard deviation go into the first convolution.
+
+    Raises TargetError where that would change the function: zeros around an image are not its mean.
+    """
+    model, (stem,) = plan.skeleton.model, traits_of(plan.skeleton.architecture).first_convs[:1] or ("",)
+    steps = {step.target.name: step for step in plan.steps}
+    weight, bias = steps.get(f"{stem}.weight"), steps.get(f"{stem}.bias")
+    constants = [plan.preprocess.get(key, model.pretrained_cfg[key]) for key in ("mean", "std")]
+    if weight is None or bias is None or bias.origin.fill is not None or weight.origin.parts + bias.origin.parts > 2:
+        raise TargetError(f"{stem or 'the first convolution'} has no bias that could take the mean")
+    if len(weight.target.shape) != 4 or any(model.get_submodule(stem).padding):
+        raise TargetError(f"{stem} pads images with zeros, which would no longer be their mean")
+    if any(len(one) != weight.target.shape[1] for one in constants):
+        raise TargetError(f"{stem} has another number of channels than mean and std")
+    mean, std = constants
+    count = len(weight.origin.sources)
+
+    def divided(tensors: Tensors, parts: int) -> Tensors:
+        return [one.double().div(_column(std, one)).to(one.dtype) for one in tensors]
+
+    def shifted(tensors: Tensors, parts: int) -> Tensors:
+        (kernel,) = weight.origin.ops.run([one.double() for one in tensors[:count]])
+        (shift,) = bias.origin.ops.run([one.double() for one in tensors[count:]])
+        moved = kernel * _column(mean, kernel) / _column(std, kernel)
+        return [(shift - moved.sum((1, 2, 3))).to(tensors[0].dtype)]
+
+    told = f"mean {mean} and std {std} folded into {stem}"
+    ops = weight.origin.ops + Pipeline((Op(f"divide by std {std}", divided, None),))
+    steps[weight.target.name] = replace(weight, origin=replace(weight.origin, ops=ops))
+    sources = (*weight.origin.sources, *bias.origin.sources)
+    both = Origin(sources, Pipeline((Op(told, shifted, None),)), bias.origin.rule)
+    steps[bias.target.name] = replace(bias, origin=both)
+    plain = {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
+    return replace(
+        plan,
+        steps=tuple(steps.values()),
+        preprocess={**plan.preprocess, **plain},
+        changes=(*plan.changes, Change(told, inside=True)),
+    )
+
+
+def _column(values: Any, kernel: Any) -> Any:
+    return kernel.new_tensor(values).reshape(1, -1, 1, 1)
 
 
 def _normalisation(norm: dict[str, Any]) -> Preprocessing:

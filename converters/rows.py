@@ -56,6 +56,7 @@ class Drop:
     pattern: Pattern
     reason: str
     zeros: bool = False  # its values must be zero
+    buffer: Template | None = None  # its shape and values must be those that timm computes
 
     @property
     def text(self) -> str:
@@ -85,14 +86,14 @@ class Numbering:
     """
 
     source: Pattern
-    target: Pattern
+    targets: tuple[Pattern, ...]  # several are counted together, in the model's order
     counted: bool  # whether the source's modules are
 
     @classmethod
-    def parse(cls, left: str, target: Pattern, tables: dict[str, Any]) -> Numbering:
+    def parse(cls, left: str, targets: tuple[Pattern, ...], tables: dict[str, Any]) -> Numbering:
         """Raises ValueError."""
         counted = "{" in left
-        return cls(Pattern.parse(left if counted else f"{{{left}}}", tables), target, counted)
+        return cls(Pattern.parse(left if counted else f"{{{left}}}", tables), targets, counted)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -104,7 +105,9 @@ class Numbering:
             keys = [tuple(captures[field] for field in self.fields) for captures in self.source.number(sources)]
         else:
             keys = [(number,) for number in range(len(modules))]
-        return Numbered(self.fields, self.target.text, dict(zip(keys, modules, strict=False)))
+        return Numbered(
+            self.fields, " and ".join(target.text for target in self.targets), dict(zip(keys, modules, strict=False))
+        )
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class RowFile(_Strict):
 class Evidence(_Strict):
     """What a checkpoint shows of its origin: all that it names must be there."""
 
-    source: str | list[str] | None = None  # a module or tensor, or one of these
+    source: str | list[str] | None = None  # a module or tensor, as a pattern, or one of these
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
     without: str | None = None  # a text that is not there
 
@@ -67,6 +67,8 @@ class ReferenceFile(_Strict):
     input: str = ""  # ops that make timm's input of the reference's: `flip 1` for a model of BGR images
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
+    mend: dict[str, str] = {}  # modules that its code calls again in the place of others: `{ln1: ln2}`
+    preprocess: dict[str, Any] = {}  # where its published weights want other than the family's
 
 
 class Refusal(_Strict):
@@ -81,7 +83,7 @@ class DropFile(_Strict):
     """A source that may be dropped only if its values are what its place in timm would have."""
 
     reason: Annotated[str, _SOME]
-    only: Literal["zeros"]
+    only: Annotated[str, _SOME]  # "zeros", or the name of timm's own buffer
 
 
 class FillFile(_Strict):
@@ -120,14 +122,18 @@ class MappingFile(_Strict):
     rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]] = {}
     target_args: dict[str, Any] = {}  # `$name` stands for a value of the target's row
     strip: str | list[str] = []
+    renumber: list[str] = []  # what automatic names begin with; see numbering.py
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
     fill: dict[str, int | float | FillFile] = {}
-    enumerate: dict[str, str] = {}  # a number, or a pattern of the source's modules: the target's, counted through
+    # a number, or a pattern of the source's modules: the target's, counted through; a list: in the target's order
+    enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
+    # timm's settings, or `bgr: true`; here too `$name` stands for a value of the target's row
     preprocess: dict[str, ConstantFile | list[float] | Plain] = {}
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
+    caveat: str = ""  # what must be told although plans close
     taps: dict[str, str] = {}  # source module: whose output timm's has (or `none`), and ops that lay timm's out so
     deviation: list[Deviation] = []
 

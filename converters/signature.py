@@ -13,12 +13,13 @@ from typing import Any
 
 from converters.errors import MappingError
 from converters.names import Pattern, split
+from converters.numbering import renumber
 from converters.strict_yaml import load
 from converters.tensors import TensorSpec
 
 __all__ = ["Sign", "Signature", "read_signature"]
 
-_BLOCKS = re.compile(r"^(?:detect|strip|tables):.*\n?(?:(?![A-Za-z_\"']).*\n)*", re.MULTILINE)
+_BLOCKS = re.compile(r"^(?:detect|strip|renumber|tables):.*\n?(?:(?![A-Za-z_\"']).*\n)*", re.MULTILINE)
 _NOT_LITERAL = re.compile(r"\{[^{}]*\}|[./*]")
 
 
@@ -63,6 +64,7 @@ class Signature:
 
     detect: tuple[tuple[Sign, ...], ...]  # one of each
     strip: tuple[Pattern, ...]
+    renumber: tuple[str, ...]  # what automatic names begin with
 
     def stripped(self, name: str) -> tuple[str, ...]:
         """A source name's segments without the prefixes that the family may carry."""
@@ -73,15 +75,21 @@ class Signature:
                 segments = found.rest
         return segments
 
+    def segments(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Every source name's segments as the rows see them: without prefixes, automatic names renumbered."""
+        return renumber({name: self.stripped(name) for name in names}, self.renumber)
+
     def applies(self, specs: Mapping[str, TensorSpec]) -> bool:
         """Whether a checkpoint with these tensors may be of the family."""
-        text = "\n".join(specs)
-        if not all(any(one.absent or _literal(one.pattern.text) in text for one in signs) for signs in self.detect):
-            return False
-        names, shapes = [split(name) for name in specs], [spec.shape for spec in specs.values()]
-        if self.strip:
-            names, shapes = names + [self.stripped(name) for name in specs], shapes * 2
-        return all(any(sign.found(names, shapes) for sign in signs) for signs in self.detect)
+        return all(any(self._shows(sign, specs) for sign in signs) for signs in self.detect)
+
+    def _shows(self, sign: Sign, specs: Mapping[str, TensorSpec]) -> bool:
+        literals = () if self.renumber else _literals(sign.pattern.text)
+        near = [name for name in specs if all(literal in name for literal in literals)]
+        names, shapes = [split(name) for name in near], [specs[name].shape for name in near]
+        if self.strip or self.renumber:
+            names, shapes = [*names, *self.segments(near).values()], shapes * 2
+        return sign.found(names, shapes)
 
 
 @lru_cache(maxsize=256)
@@ -101,16 +109,17 @@ def read_signature(text: str) -> Signature | None:
                 for patterns in data["detect"]
             ),
             tuple(Pattern.parse(one.rstrip("./")) for one in ([strip] if isinstance(strip, str) else strip)),
+            tuple(data.get("renumber", [])),
         )
     except (MappingError, AttributeError, KeyError, TypeError, ValueError):
         return None
 
 
 @lru_cache(maxsize=4096)
-def _literal(pattern: str) -> str:
-    """The longest text that every name has which the pattern matches.
+def _literals(pattern: str) -> tuple[str, ...]:
+    """What every name has that the pattern matches, the longest first.
 
-    >>> _literal("stages.{i}.blocks.*.attn.w_msa.{q|k}")
-    'stages'
+    >>> _literals("stages.{i}.blocks.*.attn.{q|k}")
+    ('stages', 'blocks', 'attn')
     """
-    return max(_NOT_LITERAL.split(pattern), key=len)
+    return tuple(sorted(filter(None, _NOT_LITERAL.split(pattern)), key=len, reverse=True))

@@ -13,7 +13,7 @@ from converters.errors import TargetError
 from converters.names import Pattern, prefixes, split
 from converters.tensors import TensorSpec
 
-__all__ = ["Skeleton", "Traits", "build_skeleton", "is_known", "traits_of"]
+__all__ = ["Skeleton", "Traits", "build_skeleton", "compute_buffers", "is_known", "traits_of"]
 
 
 _LOADING = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
@@ -43,9 +43,32 @@ class Skeleton:
         """Every tensor and every module around one, as segments."""
         return prefixes(map(split, self.specs))
 
-    def number(self, pattern: Pattern) -> list[dict[str, int | str]]:
-        """The captures of every module that the pattern finds, in order of their numbers."""
-        return pattern.number(map(split, self.specs))
+    @cached_property
+    def buffers(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what the model computes for itself, in its state dict or not."""
+        return {name: tuple(buffer.shape) for name, buffer in self.model.named_buffers()}
+
+    def number(self, *patterns: Pattern) -> list[dict[str, int | str]]:
+        """The captures of every module that the patterns find, in order of their numbers; of several, of the model."""
+        names = [split(name) for name in self.specs]
+        if len(patterns) == 1:
+            return patterns[0].number(names)
+        found = {
+            (pattern.text, tuple(match.captures.items())): dict(match.captures)
+            for name in names
+            for pattern in patterns
+            if (match := pattern.match(name))
+        }
+        return list(found.values())
+
+
+def compute_buffers(skeleton: Skeleton) -> dict[str, Any]:
+    """The values of the model's buffers; its parameters take no memory, as nothing is written to them."""
+    import timm
+
+    with _without_initialisation():
+        model = timm.create_model(skeleton.architecture, pretrained=False, **skeleton.args)
+    return dict(model.named_buffers())
 
 
 def is_known(architecture: str) -> bool:
@@ -106,11 +129,12 @@ _FILLS = frozenset({"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", 
 
 def _without_initialisation() -> Any:
     """A mode in which the fills that initialise weights do nothing: two thirds of a build's time."""
+    from torch.nn import Parameter
     from torch.overrides import TorchFunctionMode
 
     class WithoutInitialisation(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__name__", "") in _FILLS and args and args[0].is_meta:
+            if getattr(func, "__name__", "") in _FILLS and args and (args[0].is_meta or isinstance(args[0], Parameter)):
                 return args[0]
             return func(*args, **(kwargs or {}))
 

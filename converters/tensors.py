@@ -56,6 +56,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         return self.numel * DTYPES[self.dtype][1]
 
+    @property
+    def kind(self) -> str:
+        """What the dtype holds: a cast between two of a kind may round, between kinds it means something else."""
+        return next(kind for kind in ("float", "int", "complex", "bool") if kind in self.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:

@@ -44,7 +44,8 @@ def specs() -> Callable[[str], dict[str, TensorSpec]]:
 @pytest.fixture
 def plan(family: Callable[..., Any]) -> Callable[..., Any]:
     """The plan of a family's text, or its problems, for sources and targets written as `specs` takes them."""
-    from converters.plan import make_plan, route
+    from converters.plan import make_plan
+    from converters.routes import route
     from converters.target import Skeleton
 
     def make(text: str, sources: str, targets: str, head: str = HEAD) -> Any:

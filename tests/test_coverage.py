@@ -54,6 +54,12 @@ def row(outcome: str, sha256: str = "a", target: str = "t", **more: Any) -> dict
         ([row("exact")], [row("closes", sha256="b")], ["closes"]),  # of another mapping
         ([row("exact")], [row("failed")], ["failed"]),
         ([row("closes")], [row("exact")], ["exact"]),
+        (
+            [row("exact"), row("closes", target="u")],
+            [row("not installed"), row("not installed", target="u")],
+            ["exact", "closes"],
+        ),
+        ([row("exact")], [row("not installed", sha256="b")], ["not installed"]),
         ([row("exact"), row("exact", target="u")], [row("closes")], ["exact"]),  # a target that is gone
     ],
 )

@@ -11,8 +11,8 @@ import pytest
 from converters.detection import Nearest, applying_families, find_nearest, find_plan, name_digest, reference_of
 from converters.errors import MappingError, NotExpressible, PlanError, TargetError
 from converters.mapping import find_mappings, load_mapping, mappings_folder
-from converters.plan import route
 from converters.readers import Checkpoint
+from converters.routes import route
 from converters.target import build_skeleton
 from converters.tensors import LazyTensor, TensorSpec
 
@@ -85,7 +85,8 @@ def test_the_nearest_family_is_named(source, change, target, problems):
     tensors = {name.replace(*change): tensor for name, tensor in checkpoint.tensors.items()}
     renamed = made_of({name: replace(tensor.spec, name=name) for name, tensor in tensors.items()})
     assert find_nearest(renamed) == Nearest("mmlab/swin", target, problems)
-    assert find_nearest(made_of({"gamma": TensorSpec("gamma", (3,), "float32")})) is None
+    few = {name: TensorSpec(name, (3,), "float32") for name in ("a.gamma", "b.gamma", "head.bias")}
+    assert find_nearest(made_of(few)) is None
 
 
 @pytest.mark.parametrize("arch", ["my_model", 18, ["resnet18"], ""])
@@ -202,10 +203,10 @@ def test_an_argument_that_no_candidate_takes_is_named(timm_source):
 
 
 def test_applying_families_come_with_those_for_few_targets_first(source):
-    swin = applying_families(source("timm/swin_before_0_9", "v1"))
-    assert [mapping.name for mapping in swin] == ["timm/swin_before_0_9", "timm/native"]
+    swin = applying_families(source("timm/swin_before_0_9", "0.6.13, v1"))
+    assert [mapping.name for mapping in swin] == ["timm/swin_before_0_9", "timm/native", "timm/only_features"]
     few = applying_families(source("tensorflow/efficientnet", "b0"))
-    assert [mapping.name for mapping in few] == ["tensorflow/efficientnet", "timm/native"]
+    assert [mapping.name for mapping in few] == ["tensorflow/efficientnet", "timm/native", "timm/only_features"]
 
 
 @pytest.mark.parametrize("name", [name for name in find_mappings() if (PLANS / f"{name}.specs.json").is_file()])

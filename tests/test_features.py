@@ -19,7 +19,7 @@ def test_features_load_strictly(architecture: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model(architecture).eval()
     torch.save({"arch": architecture, "state_dict": model.state_dict()}, tmp_path / "source.pth")
-    done = convert(tmp_path / "source.pth", tmp_path / "out", target=architecture, features=True)
+    done = convert(tmp_path / "source.pth", tmp_path / "out", target=architecture, purpose="features")
     assert "no feature needs it" in done.record["drops"].values()
     wrapped = timm.create_model(architecture, features_only=True).eval()
     wrapped.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)

@@ -6,7 +6,8 @@ import pytest
 
 from converters.lint import lint_closings, lint_file
 from converters.mapping import find_mappings, load_mapping
-from converters.plan import Plan, make_plan, route
+from converters.plan import Plan, make_plan
+from converters.routes import route
 from converters.target import Skeleton
 from converters.verifier.references.__main__ import RUNNERS
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from converters.names import Pattern, Template, fold, prefixes, split
+from converters.folding import fold
+from converters.names import Pattern, Template, prefixes, split
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def counting(*shape: int) -> torch.Tensor:
         ("cat 1", [(2, 3), (2, 4)], lambda x, y: [torch.cat([x, y], 1)]),
         ("chunk", [(6, 2)], lambda x: [x[:2], x[2:4], x[4:]]),
         ("chunk 1", [(2, 6)], lambda x: [x[:, :2], x[:, 2:4], x[:, 4:]]),
+        ("copy", [(2, 3)], lambda x: [x, x]),
+        ("split 1 2", [(6, 2)], lambda x: [x[:2], x[2:]]),
         ("i o -> o i | cat 1", [(2, 3), (2, 3)], lambda x, y: [torch.cat([x.T, y.T], 1)]),
         ("zeros 1 | cat", [(2,), (2,)], lambda x, y: [torch.cat([x, torch.zeros(2), y])]),
         ("zeros 2", [(2,), (2,)], lambda x, y: [x, y, torch.zeros(2)]),
@@ -116,6 +118,7 @@ def test_sum_rounds_once_and_cannot_be_undone():
         ("sub", [[2.0**24 + 2, 5.0], [1.0, 2.0], [1.0, 3.0]], [2.0**24, 0.0]),
         ("sub", [[2.0]], [2.0]),
         ("sqrt", [[4.0, 0.0]], [2.0, 0.0]),
+        ("abs", [[-4.0, 0.5]], [4.0, 0.5]),
     ],
 )
 def test_ops_that_calculate_round_once(text, given, wanted):
@@ -123,6 +126,15 @@ def test_ops_that_calculate_round_once(text, given, wanted):
     (result,) = pipeline.run([torch.tensor(values) for values in given])
     assert torch.equal(result, torch.tensor(wanted, dtype=torch.float64).float())
     assert not pipeline.lossless
+
+
+def test_std_eps_makes_one_standardisation_another():
+    kernel = torch.randn(5, 4, 3, 3).double() * torch.logspace(-4, 0, 5).reshape(5, 1, 1, 1)
+    (scaled,) = Pipeline.parse("std_eps 1e-5 1e-8").run([kernel])
+    variance, mean = torch.var_mean(scaled, (1, 2, 3), correction=0, keepdim=True)
+    std, centre = torch.std_mean(kernel, (1, 2, 3), correction=0, keepdim=True)
+    wanted = (kernel - centre) / (std + 1e-5)
+    torch.testing.assert_close((scaled - mean) / (variance + 1e-8).sqrt(), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_named_ops():
@@ -136,15 +148,19 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, sqrt, sub, sum, add, scale, einops patterns, ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, split, copy, abs, sqrt, sub, sum, ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),
         ("flip ²", "`flip ²`: flip takes the number of an axis or a place, and nothing else"),
         ("chunk 0 1", "`chunk 0 1`: chunk takes the number of an axis or a place, and nothing else"),
         ("sum 1", "`sum 1`: sum takes nothing"),
+        ("copy 2", "`copy 2`: copy takes nothing"),
+        ("split", "`split`: split takes the proportions of two or more parts, each from 1 to 9"),
+        ("split 0 1", "`split 0 1`: split takes the proportions of two or more parts, each from 1 to 9"),
         ("add", "`add`: add takes one number"),
         ("scale nan", "`scale nan`: scale takes one number"),
+        ("std_eps 1e-5", "`std_eps 1e-5`: std_eps takes two numbers"),
         ("h w -> h", "`h w -> h` does not keep its axes: w"),
         ("h -> h w", "`h -> h w` does not keep its axes: w"),
         ("h w -> w h, h", "`h` in `h w -> w h, h` is no axis length; write `h=2`"),
@@ -172,6 +188,7 @@ def test_invalid_op(text, problem):
         ("flip 2", [(2, 3)], 1, "`flip 2` does not take (2, 3): "),
         ("cat", [(2, 3), (2, 4)], 1, "`cat` does not take (2, 3), (2, 4): "),
         ("chunk", [(4, 2)], 3, "`chunk` does not take (4, 2): an axis of 4 has no 3 equal parts"),
+        ("split 1 2", [(4, 2)], 2, "`split 1 2` does not take (4, 2): an axis of 4 has no 3 equal shares"),
         ("chunk", [(4,), (4,)], 2, "`chunk` does not take (4,), (4,): "),
         ("chunk", [()], 2, "`chunk` does not take (): "),
         ("sum", [(2,), (3,)], 1, "`sum` does not take (2,), (3,): "),

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.mapping import load_mapping
-from converters.plan import Plan, make_plan, read_off, route
+from converters.plan import Plan, make_plan, read_off
+from converters.routes import route
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec
 
@@ -103,6 +104,12 @@ CLOSES = {
         " ".join(f"x{n}.w={n + 1}" for n in range(12)),
         "s.1.0.w=12 " + " ".join(f"s.0.{n}.w={n + 1}" for n in range(11)),
         {f"s.{n // 11}.{n % 11}.w": f"x{n}.w" for n in range(12)},
+    ),
+    "several kinds of modules are counted as the target has them": (
+        "x{n}: ['s.{i}.{j}', 's.{i}.down']\n\nenumerate: {n: ['s.{i}.down', 's.{i}.{j}']}",
+        "x0.w=1 x1.w=2 x2.w=3",
+        "s.0.0.w=1 s.1.down.w=2 s.1.0.w=3",
+        {"s.0.0.w": "x0.w", "s.1.down.w": "x1.w", "s.1.0.w": "x2.w"},
     ),
     "enumerate counts the source's modules too, whatever their numbers are": (
         "l{k}.{j}.c: s.{i}.c\n\nenumerate: {'l{k}.{j}.c': 's.{i}'}",
@@ -304,3 +311,9 @@ def test_classes_and_channels_are_read_off_the_source(family, specs, sources, ar
 def test_a_target_without_classes_is_asked_for_none(family, specs, classifiers):
     mapping = family("rules: {stem: conv1}", KERAS)
     assert read_off(mapping, route(mapping, specs("stem/kernel=7x7x3x64")), Traits(classifiers, ("conv1",), 0, 3)) == {}
+
+
+def test_a_fill_with_a_reason_is_a_caveat(plan):
+    text = rules("a: b\n\nfill: {norm: {value: 0, reason: not in the file}, bn: 1}")
+    closed = plan(text, "a.w=2", "b.w=2 norm.w=3 norm.b=3 bn.w=3")
+    assert closed.caveats == ("norm.{w,b} are 0: not in the file",)

@@ -10,6 +10,7 @@ import torch
 
 from converters import convert
 from converters.changes import Ways
+from converters.errors import TargetError
 from converters.preprocessing import read_preprocessing
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -68,3 +69,25 @@ def test_a_model_of_bgr_images_takes_rgb_in_timm(said: str, tmp_path: Path) -> N
         assert (config["mean"], config["std"]) == (RGB["mean"], [0.003922] * 3)
         resolved = timm.data.resolve_model_data_config(loaded)
         assert (list(resolved["mean"]), list(resolved["std"])) == (RGB["mean"], [0.003922] * 3)
+
+
+def test_mean_and_std_go_into_the_first_convolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1).double().eval()
+    torch.save({"arch": "vit_tiny_patch16_224", "state_dict": model.state_dict()}, tmp_path / "source.pth")
+    convert(tmp_path / "source.pth", tmp_path / "out", target="vit_tiny_patch16_224", args={"depth": 1}, ways=FOLD)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert (list(loaded.pretrained_cfg["mean"]), list(loaded.pretrained_cfg["std"])) == ([0.0] * 3, [1.0] * 3)
+    pixels = torch.rand(2, 3, 224, 224, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model((pixels - 0.5) / 0.5)  # the constants of this architecture's own configuration
+        assert torch.allclose(loaded(pixels.float()).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_padded_convolution_takes_no_mean(tmp_path: Path) -> None:
+    torch.save({"arch": "vgg11", "state_dict": timm.create_model("vgg11").state_dict()}, tmp_path / "source.pth")
+    with pytest.raises(TargetError, match="pads images with zeros"):
+        convert(tmp_path / "source.pth", tmp_path / "out", ways=FOLD)
+
+
+FOLD = Ways(fold=True)

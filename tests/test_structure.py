@@ -20,13 +20,14 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
-    ("errors", "tensors"),
-    ("card", "names", "ops", "strict_yaml"),
+    ("calculations", "errors", "tensors"),
+    ("card", "folding", "names", "numbering", "ops", "strict_yaml", "values"),
     ("normalizers",),
     ("rows", "schema", "signature", "target", "readers"),
     ("mapping",),
+    ("routes",),
     ("plan",),
-    ("changes", "features", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
+    ("changes", "deployment", "features", "diagnosis", "emitter", "lint", "preprocessing", "verifier"),
     ("detection",),
     ("description",),
     ("closing", "conversion", "differences"),

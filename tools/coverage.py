@@ -12,14 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from converters.checking import Case, Check, check
 from converters.mapping import find_mappings, load_mapping
+from converters.verifier.worker import Workers
 
 ROOT = Path(__file__).parents[1]
 RESULTS, TABLE = ROOT / "tools" / "coverage", ROOT / "COVERAGE.md"
@@ -71,8 +73,8 @@ def versions_of(case: Case) -> dict[str, str]:
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """The new rows of a family; a parity that was shown for the same mapping is not forgotten."""
-    shown = {identity(row): row for row in old if row["outcome"] in ("exact", "nearly")}
+    """The new rows of a family; what was shown for the same mapping is not forgotten where less was asked now."""
+    shown = {identity(row): row for row in old}
     return [_better(shown.get(identity(row)), row) for row in new]
 
 
@@ -81,7 +83,9 @@ def identity(row: Row) -> tuple[str, ...]:
 
 
 def _better(shown: Row | None, row: Row) -> Row:
-    return shown if shown and row["outcome"] == "closes" else row
+    proved = shown is not None and shown["outcome"] in ("exact", "nearly")
+    kept = row["outcome"] == "not installed" or (row["outcome"] == "closes" and proved)
+    return shown if shown and kept else row
 
 
 def read_results() -> dict[str, list[Row]]:
@@ -114,15 +118,23 @@ def figure(value: float | None, form: str) -> str:
     return "" if value is None else "0" if value == 0 else f"{value:{form}}"
 
 
+def run(families: Iterable[str], everything: bool) -> Iterator[Check]:
+    """The checks, on workers that they share."""
+    with Workers() as workers:
+        for family in families:
+            tell = partial(print, f"{family}:")
+            yield check(family, everything=everything, workers=workers, progress=tell)
+
+
 def main(words: list[str]) -> int:
     families = [word for word in words if not word.startswith("-")] or list(find_mappings())
     worst = 0
-    for family in families if "--render" not in words else ():
-        found = check(family, everything="--all" in words, progress=lambda step, name=family: print(f"{name}: {step}"))
+    for found in run(families, "--all" in words) if "--render" not in words else ():
+        family = found.mapping.name
         for finding in found.findings:
             print(f"{family}:{finding.line}: {finding.severity} {finding.problem}")
         for case in found.cases:
-            if case.outcome not in ("exact", "nearly", "closes", "no reference"):
+            if case.outcome not in ("exact", "nearly", "closes", "refused", "no reference"):
                 print(f"{family}: {case.target} {case.runner}: {case.outcome}: {case.detail}")
         rows = rows_of(found, date.today().isoformat())
         write_results(family, merge(read_results().get(family, []), rows))

@@ -11,7 +11,6 @@ of each of the family's references, or what SOURCES has for it.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from converters.plan import Plan
 from converters.readers import Checkpoint, open_checkpoint
 from converters.reports.plans import plan_text
 from converters.tensors import LazyTensor, TensorSpec
+from converters.verifier.worker import run_task
 
 ROOT = Path(__file__).parents[1]
 PLANS, PARITY = ROOT / "tests" / "plans", ROOT / "tests" / "parity"
@@ -73,7 +73,14 @@ def mmpretrain(backbone: Mapping[str, Any], features: int, size: int = 64) -> Ca
 
 
 def keras(application: str, **args: Any) -> Callable[[], Specs]:
-    return lambda: _source(written({"framework": "keras", "model": {"application": application, "args": args}}))
+    def build() -> Specs:
+        with tempfile.TemporaryDirectory() as folder:
+            model = {"runner": "keras", "model": {"application": application, "args": args}}
+            job = {"task": "list_tensors", "runner": "keras", "models": [model], "folder": folder}
+            (answer,) = run_task(job)["models"]
+            return _source(open_checkpoint(answer["file"]))
+
+    return build
 
 
 def tpu(application: str) -> Callable[[], Specs]:
@@ -115,18 +122,15 @@ def timm(architecture: str, named: bool = False, **args: Any) -> Callable[[], Sp
     return build
 
 
-def swin_before_0_9(architecture: str, window: int, **args: Any) -> Callable[[], Specs]:
-    """timm's Swin as timm 0.8 saved it: other indices, another head, and buffers."""
+def released(release: str, architecture: str, named: bool = False) -> Callable[[], Specs]:
+    """A model of a past timm; `named` as its training script saves it."""
 
     def build() -> Specs:
-        tensors = {}
-        for name, given in timm(architecture, **args)()["tensors"].items():
-            name = re.sub(r"^layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", name)
-            tensors[re.sub(r"^head\.fc", "head", name)] = given
-            if block := re.fullmatch(r"(layers\.\d\.blocks\.\d)\.attn\.qkv\.weight", name):
-                tensors[f"{block[1]}.attn.relative_position_index"] = [[window**2, window**2], "int64"]
-                tensors[f"{block[1]}.attn_mask"] = [[64, window**2, window**2]]
-        return {"metadata": {}, "tensors": tensors}
+        from released_timm import tensors_of
+
+        tensors = tensors_of(release, architecture)
+        listed = {name: _listed(shape, dtype) for name, (shape, dtype) in tensors.items()}
+        return {"metadata": {"arch": architecture} if named else {}, "tensors": listed}
 
     return build
 
@@ -159,16 +163,44 @@ SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
         "a classifier": keras("MobileNetV2", alpha=0.35, input_shape=[96, 96, 3]),
         "no top": keras("MobileNetV2", include_top=False, input_shape=[96, 96, 3]),
     },
+    **{
+        f"keras/{family}": {"a classifier": keras(application, classes=10, input_shape=[size, size, 3])}
+        for family, application, size in (
+            ("convnext", "ConvNeXtTiny", 96),
+            ("densenet", "DenseNet121", 96),
+            ("efficientnet", "EfficientNetB0", 96),
+            ("efficientnet_v2", "EfficientNetV2B0", 96),
+            ("inception_resnet_v2", "InceptionResNetV2", 96),
+            ("mobilenet", "MobileNet", 96),
+            ("mobilenet_v3", "MobileNetV3Small", 96),
+            ("vgg", "VGG16", 224),
+            ("xception", "Xception", 96),
+        )
+    },
     "tensorflow/efficientnet": {"b0": tpu("EfficientNetB0"), "b2": tpu("EfficientNetB2")},
     "timm/native": {
         "named": timm("vit_tiny_patch16_224", named=True, num_classes=10),
         "known by its tensors": timm("mobilenetv4_conv_small"),
+        "0.9.2, with buffers": released("0.9.2", "beit_base_patch16_224", named=True),
+        "1.0.9, with buffers": released("1.0.9", "efficientvit_m0"),
     },
     "timm/features": {"a pyramid": timm("vit_tiny_patch16_224", named=True, features_only=True)},
-    "timm/swin_before_0_9": {
-        "v1": swin_before_0_9("swin_tiny_patch4_window7_224", 7),
-        "v2": swin_before_0_9("swinv2_tiny_window8_256", 8, num_classes=0),
+    "timm/only_features": {
+        "flattened": timm("swin_tiny_patch4_window7_224", named=True, features_only=True),
+        "not flattened": timm("mobilenetv3_small_050", named=True, features_only=True),
     },
+    "timm/levit_before_0_9": {"0.6.13": released("0.6.13", "levit_128s")},
+    "timm/pit_before_0_9": {"0.6.13": released("0.6.13", "pit_ti_224")},
+    "timm/poolformer_before_0_9": {"0.6.13": released("0.6.13", "poolformer_s12")},
+    "timm/representation_before_0_9": {"0.4.12": released("0.4.12", "vit_large_patch32_224_in21k", named=True)},
+    "timm/sequencer_before_0_9": {"0.6.13": released("0.6.13", "sequencer2d_s")},
+    "timm/swin_before_0_9": {
+        "0.6.13, v1": released("0.6.13", "swin_tiny_patch4_window7_224"),
+        "0.6.13, v2": released("0.6.13", "swinv2_tiny_window8_256"),
+    },
+    "timm/swin_v2_cr_before_0_9": {"0.6.13": released("0.6.13", "swinv2_cr_tiny_224", named=True)},
+    "timm/tnt_before_1_0_20": {"1.0.9": released("1.0.9", "tnt_s_patch16_224")},
+    "timm/tresnet_before_0_9": {"0.6.13": released("0.6.13", "tresnet_m")},
 }
 
 

@@ -52,8 +52,11 @@ def convert(
     bgr: Annotated[
         bool | None, typer.Option("--bgr/--rgb", help="Which images the source takes; else what the file says.")
     ] = None,
+    fold_normalization: Annotated[
+        bool, typer.Option("--fold-normalization", help="Put mean and std into the first convolution.")
+    ] = False,
     purpose: Annotated[
-        str, typer.Option("--for", metavar="model|features", help="features: the names of a features_only model.")
+        str, typer.Option("--for", help="model; features: names of a features_only model; deployment: branches fused.")
     ] = "model",
     license: Annotated[str | None, typer.Option(metavar="ID", help="For the model card: apache-2.0, ...")] = None,
     dtype: Annotated[str, typer.Option(help="source, float32, float16 or bfloat16.")] = "source",
@@ -73,8 +76,8 @@ def convert(
         raise typer.BadParameter("say where to with -o DIR, or use --dry-run")
     if dtype not in ("source", "float32", "float16", "bfloat16"):
         raise typer.BadParameter(f"--dtype {dtype} is none of source, float32, float16, bfloat16")
-    if purpose not in ("model", "features"):
-        raise typer.BadParameter(f"--for {purpose} is none of model, features")
+    if purpose not in ("model", "features", "deployment"):
+        raise typer.BadParameter(f"--for {purpose} is none of model, features, deployment")
     from converters.changes import Ways
 
     args = dict(map(argument, arg or []))
@@ -82,7 +85,8 @@ def convert(
         args["num_classes"] = num_classes
     if in_chans is not None:
         args["in_chans"] = channels(in_chans)
-    ways = Ways(resample, class_list(classes) if classes else None, alpha=in_chans == "rgba", bgr=bgr)
+    kept = class_list(classes) if classes else None
+    ways = Ways(resample, kept, alpha=in_chans == "rgba", fold=fold_normalization, bgr=bgr)
     with progress_bar("converting") as progress:
         conversion = convert_checkpoint(
             ckpt,
@@ -94,7 +98,7 @@ def convert(
             ema=ema,
             img_size=pixels(img_size) if img_size else None,
             ways=ways,
-            features=purpose == "features",
+            purpose=purpose,
             license=license,
             dtype=dtype,
             expect_sha256=expect_sha256,

@@ -40,7 +40,8 @@ def check(
     everything: Annotated[bool, typer.Option("--all", help="Run parity on every target, not the smallest.")] = False,
     no_parity: Annotated[bool, typer.Option("--no-parity", help="Lint and close; run no model.")] = False,
     img_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Pixels a side, for models that take any size.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Pixels a side, where a model takes any size; else 96."),
     ] = None,
     python: Interpreter = None,
     timeout: Timeout = 900.0,
@@ -48,19 +49,22 @@ def check(
 ) -> None:
     """Check mapping files: lint, a plan that closes on every target, parity on random weights, mutants.
 
-    Exit code 3 where parity failed or is unproven, else 1 where a mapping is at fault.
+    Exit code 3 where parity failed or is unproven, else 1 where a mapping is at fault, or a framework is missing.
     """
     from converters.checking import check as check_mapping
     from converters.reports.documents import check_document
     from converters.reports.terminal import show_check, status
+    from converters.verifier.worker import Workers
 
     checks = []
-    for one in mapping:
-        with status() as tell:
-            ways: dict[str, Any] = {"img_size": img_size, "python": python, "timeout": timeout, "progress": tell}
-            checks.append(check_mapping(one, targets=to or (), everything=everything, parity=not no_parity, **ways))
-        if not as_json:
-            show_check(checks[-1])
+    ways: dict[str, Any] = {"img_size": img_size, "python": python, "timeout": timeout, "everything": everything}
+    with Workers() as workers:
+        for one in mapping:
+            with status() as tell:
+                ways |= {"workers": workers, "progress": tell}
+                checks.append(check_mapping(one, targets=to or (), parity=not no_parity, **ways))
+            if not as_json:
+                show_check(checks[-1])
     if as_json:
         print_json([check_document(one) for one in checks])
     if code := max(one.exit_code for one in checks):

@@ -37,7 +37,7 @@ Reference = Annotated[
         metavar="KIND:NAME",
         help="auto (the mapping's); mmdet:, mmpretrain: or mmseg:CONFIG.py; keras:APPLICATION or FILE; "
         "torchvision:NAME; transformers:FOLDER; timm:ARCHITECTURE; onnx:FILE; savedmodel:FOLDER; "
-        "python:MODULE:FACTORY; RECORDING.npz.",
+        "flax:, tensorflow: or python:MODULE:FACTORY; RECORDING.npz.",
     ),
 ]
 Output = Annotated[

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from converters.differences import Ailment, Difference, Pair
 from converters.errors import printable
-from converters.names import fold
+from converters.folding import fold
 from converters.reports.terminal import console
 from converters.tensors import TensorSpec
 

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from converters.errors import OutputError, printable
-from converters.names import fold
+from converters.folding import fold
 from converters.reports.charts import depth_chart, heatmap, margin_bars
 from converters.reports.dossier import Dossier, Origin, figure, read_dossier
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from converters.names import fold
+from converters.folding import fold
 from converters.plan import Plan, Step
 
 __all__ = ["Fold", "fold_plan", "plan_text"]

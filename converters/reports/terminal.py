@@ -16,8 +16,8 @@ from rich.table import Table
 
 from converters.conversion import Conversion, Inspection
 from converters.errors import printable
+from converters.folding import fold
 from converters.mapping import Mapping, find_mappings
-from converters.names import fold
 from converters.plan import Plan
 from converters.readers import Checkpoint
 from converters.reports.divergence import divergence_lines, summary_lines

@@ -27,7 +27,7 @@ from converters.verifier.probes import image_probes, probes
 from converters.verifier.recording import Recording, read_recording
 from converters.verifier.rounding import unrounded, with_errors
 from converters.verifier.subject import Subject, read_subject
-from converters.verifier.target import blamed, load_target, run_target, single_threaded
+from converters.verifier.target import blamed, run_target, single_threaded
 from converters.verifier.verdict import Verdict
 from converters.verifier.worker import Workers, run_reference
 
@@ -100,7 +100,8 @@ def verify(
     weights, rounding = unrounded(subject, checkpoint)
     names = recording.output_names
     precisions = sorted({"float64", *recording.outputs})
-    target = run_target(subject.directory, recording.inputs, names, weights, precisions)
+    models: dict[str, Any] = {}
+    target = run_target(subject.directory, recording.inputs, names, weights, precisions, models)
     tell("comparing")
     allowed = sum(one["bound"] for one in subject.deviation)
     comparisons = compare(recording.outputs, target, names, recording.labels, allowed=allowed)
@@ -113,23 +114,22 @@ def verify(
         subject.about(),
         rounding=rounding,
         deviation=subject.deviation,
-        **(_look_inside(recording, subject, weights) if taps else {}),
+        **(_look_inside(recording, subject, models["float64"]) if taps else {}),
     )
     if mutants and verdict.passed:
         tell("comparing mutants")
-        proof = run_mutants(subject.directory, recording, weights=weights, allowed=allowed)
+        proof = run_mutants(subject.directory, recording, weights=weights, deviation=subject.deviation, models=models)
         verdict = replace(verdict, mutants=proof)
     _write(subject.directory / "verification.json", verdict.to_json())
     note_verification(subject.directory, str(verdict).splitlines()[0])
     return verdict
 
 
-def _look_inside(recording: Recording, subject: Subject, weights: Mapping[str, Any]) -> dict[str, Any]:
+def _look_inside(recording: Recording, subject: Subject, model: Any) -> dict[str, Any]:
     """The verdict's taps, unchecked pairs and audit."""
-    model = load_target(subject.directory, "float64", weights) if recording.taps else None
     with single_threaded(), blamed(subject.directory, "its model cannot run the taps"):
         taps, unchecked = compare_taps(model, recording, subject.modules, subject.deviation)
-    findings = audit(model, recording.modules, subject.modules, subject.deviation) if model else ()
+    findings = audit(model, recording.modules, subject.modules, subject.deviation) if recording.taps else ()
     return {"taps": taps, "unchecked": unchecked, "audit": findings}
 
 

@@ -40,10 +40,12 @@ REFERENCES = {  # runner: what follows its colon
     "timm": "ARCHITECTURE",
     "onnx": "FILE",
     "savedmodel": "FOLDER or GRAPH.pb",
+    "flax": "MODULE:FACTORY",
+    "tensorflow": "MODULE:FACTORY",
     "python": "MODULE:FACTORY",
 }
 OUTPUT = re.compile(r"logits|forward_features|pre_logits|features\.[0-9]{1,3}")
-CHANNELS_LAST = ("keras", "savedmodel")
+CHANNELS_LAST = ("flax", "keras", "savedmodel", "tensorflow")
 
 
 def parse_reference(
@@ -68,7 +70,7 @@ def parse_reference(
         model = _with_args(block["model"], args or {})
         return {**block, "model": model, "outputs": read_outputs(outputs) or block["outputs"]}
     runner, _, name = text.partition(":")
-    if runner not in REFERENCES or not name or (runner == "python" and ":" not in name):
+    if runner not in REFERENCES or not name or (REFERENCES[runner].startswith("MODULE") and ":" not in name):
         kinds = ["auto", *(f"{runner}:{what}" for runner, what in REFERENCES.items()), "RECORDING.npz"]
         raise ReferenceFailed(f"{printable(text)} is no reference", cure=f"give one of {', '.join(kinds)}")
     job = {"runner": runner, **_model(runner, name, subject, args or {}, elsewhere)}
@@ -149,7 +151,7 @@ def _model(runner: str, name: str, subject: Subject, args: Mapping[str, Any], el
         return {"model": {"name": name, "args": {**classes, **args}}}
     if runner == "timm":
         return {"model": {"architecture": name, "args": {"num_classes": subject.num_classes, **channel_args, **args}}}
-    if runner == "python":
+    if REFERENCES[runner].startswith("MODULE"):
         module, _, factory = name.rpartition(":")
         module = os.path.abspath(module) if module.endswith(".py") and not elsewhere else module
         return {"model": {"module": module, "factory": factory, "args": dict(args)}}

@@ -91,17 +91,25 @@ def run_mutants(
     *,
     seed: int = 0,
     weights: Mapping[str, Any] | None = None,
-    allowed: float = 0.0,
+    deviation: Sequence[Mapping[str, Any]] = (),
+    models: Mapping[str, Any] | None = None,
 ) -> Mutants:
     """Damage the emitted folder's model in memory, in one way after another, and compare it with the recording.
 
     Only the target runs: on one probe, in the recording's best precision. `weights` stand in the place of the
-    folder's own, `allowed` is the error that the mapping declares. Raises TargetError.
+    folder's own; `models` are those that are loaded already, by precision. Where the modules that the mapping's
+    `deviation` names can be given what the source's have, and are exact then, mutants are judged so; else by the error
+    that is declared. Raises TargetError.
     """
     with single_threaded():
         precision = "float64" if "float64" in recording.outputs else "float32"
-        models = {name: load_target(directory, name, weights) for name in sorted({"float64", precision})}
-        trial = _Trial(models, recording, precision, allowed)
+        ready = {
+            name: (models or {}).get(name) or load_target(directory, name, weights)
+            for name in sorted({"float64", precision})
+        }
+        trial = _Trial(ready, recording, precision, sum(one["bound"] for one in deviation))
+        if deviation:
+            trial.mend(deviation)
         found = [one for number, kind in enumerate(KINDS) for one in _try(trial, kind, number, seed)]
     mutants = tuple(one for one in found if isinstance(one, Mutant))
     return Mutants(seed, mutants, tuple(one for one in found if isinstance(one, Undetectable)))
@@ -137,6 +145,21 @@ class _Trial:
         self.probe = "normal" if "normal" in recording.inputs else next(iter(recording.inputs))
         self.x, self.names = recording.inputs[self.probe], sorted(recording.output_names, key=_order)
         self.reference = {precision: recording.outputs[precision][self.probe]}
+
+    def mend(self, deviation: Sequence[Mapping[str, Any]]) -> None:
+        """Take the source's part in what is declared, if that leaves nothing else."""
+        before, allowed = [], self.allowed
+        for one in deviation:
+            modules = [model.get_submodule(name) for model in self.models.values() for name in one["where"]]
+            for module in modules:
+                if getattr(module, one["attribute"], None) == one["target"]:
+                    before.append((module, one["attribute"], one["target"]))
+                    setattr(module, one["attribute"], one["source"])
+        self.allowed = 0.0
+        if not all(comparison.passed for comparison in self._compare(self.names)):
+            self.allowed = allowed
+            for module, attribute, value in before:
+                setattr(module, attribute, value)
 
     def run(self, fault: Fault) -> tuple[float, float, bool] | str:
         """The mutant's error and margin, and whether it is detected; or why nothing could detect it.

@@ -1,7 +1,8 @@
-"""The gate for weights in a narrower dtype: each is the source's through the plan's ops, rounded once.
+"""The gate for rounded weights: each is the source's through the plan's ops, rounded once.
 
-The forward pass of rounded weights cannot agree with the reference's, so it decides nothing. The source's own
-values are made once more, as conversion.json says, compared with the stored ones bit for bit, and run in their
+Those are weights in a narrower dtype than the source's, and those that an op calculates. The forward pass of rounded
+weights cannot agree with the reference's, so it decides nothing. The source's own values are made once more, as
+conversion.json says, compared with the stored ones bit for bit, and run in their
 place: then the function is compared as sharply as any other.
 """
 
@@ -34,29 +35,35 @@ FORMATS = {  # binary digits, least exponent, largest value
 def unrounded(subject: Subject, checkpoint: Checkpoint) -> tuple[dict[str, Any], Rounding | None]:
     """The tensors that were rounded, as the source has them, and whether they were rounded well.
 
-    None where the conversion kept the source's dtype. Raises CheckpointError.
+    None where every tensor is the source's, bit for bit. Raises CheckpointError.
     """
-    if subject.dtype == "source":
-        return {}, None
     from safetensors import safe_open
 
     exact: dict[str, Any] = {}
-    wrong, count = [], 0
+    wrong, dtypes = [], list[str]()
     path = subject.directory / "model.safetensors"
     with safe_open(path, "pt") as stored:
         names = set(stored.keys())
         for name, origin in subject.tensors.items():
-            if "from" not in origin:
+            if "from" not in origin or (subject.dtype == "source" and _moves_only(origin)):
                 continue
             given = stored.get_tensor(name) if name in names else None
             right = _recomputed(name, subject, checkpoint)
             if not right.is_floating_point() or (given is not None and given.dtype == right.dtype):
                 continue
-            count += 1
+            kept = checkpoint.tensors[origin["from"][0]].spec.dtype
+            dtypes.append(kept if subject.dtype == "source" else subject.dtype)
             exact[name] = right
-            if given is None or not _is_rounded(given, right, subject.dtype):
+            if given is None or not _is_rounded(given, right, dtypes[-1]):
                 wrong.append(name)
-    return exact, Rounding(subject.dtype, count, tuple(wrong))
+    return exact, Rounding(dtypes[0], len(dtypes), tuple(wrong)) if dtypes else None
+
+
+def _moves_only(origin: Mapping[str, Any]) -> bool:
+    try:
+        return Pipeline.parse(origin.get("ops", "")).lossless
+    except ValueError:
+        return False  # _recomputed says so
 
 
 def with_errors(comparisons: tuple[Comparison, ...], exact: Answers, rounded: Answers) -> tuple[Comparison, ...]:
@@ -85,7 +92,7 @@ def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _recomputed(name: str, subject: Subject, checkpoint: Checkpoint) -> Any:
-    """A target's tensor in the source's dtype."""
+    """A target's tensor in the source's dtype, or in float64 where an op calculates it."""
     import torch
 
     origin = subject.tensors[name]

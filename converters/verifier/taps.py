@@ -57,12 +57,13 @@ def pair_modules(plan: Plan, specs: Dict[str, TensorSpec]) -> tuple[Pair, ...]:
     """Every pair that the plan's rows make, in order of the target's names. Raises MappingError."""
     pairs: dict[tuple[str, str], list[Step]] = {}
     here, there = dict[str, set[str]](), dict[str, set[str]]()  # module: the targets of its tensors
+    names = plan.mapping.segments(specs)
     for step in plan.steps:
         if step.origin.rule:
             for name in step.origin.sources:
-                _note(here, plan.mapping.stripped(name), step)
+                _note(here, names[name], step)
             _note(there, split(step.target.name), step)
-            for pair in _carried(plan.mapping, step):
+            for pair in _carried(names[step.origin.sources[0]], step):
                 pairs.setdefault(pair, []).append(step)
     found = []
     for (source, target), steps in sorted(pairs.items(), key=lambda item: item[0][1]):
@@ -80,11 +81,11 @@ def _note(modules: dict[str, set[str]], name: tuple[str, ...], step: Step) -> No
         modules.setdefault(".".join(name[:end]), set()).add(step.target.name)
 
 
-def _carried(mapping: Mapping, step: Step) -> Iterator[tuple[str, str]]:
+def _carried(source: tuple[str, ...], step: Step) -> Iterator[tuple[str, str]]:
     """The modules around a tensor, from the one that its row names down to its own."""
     rule = step.origin.rule
     assert rule
-    source, target = mapping.stripped(step.origin.sources[0]), split(step.target.name)
+    target = split(step.target.name)
     match = rule.pattern.match(source)
     if match is None or step.origin.parts > 1 or len(step.origin.sources) > 1:
         return
@@ -111,12 +112,13 @@ def _tapped(mapping: Mapping, source: str) -> tuple[str, str] | None:
 
 
 def _order(weight: Step, specs: Dict[str, TensorSpec]) -> str:
-    """The row's own ops, which come behind those of the leaf's layout, if they keep the weight's shape."""
+    """The row's own ops, which come behind those of the leaf's layout, if they only move what a weight has."""
     rule, ops = weight.origin.rule, weight.origin.ops.ops
     shapes = [specs[name].shape for name in weight.origin.sources]
     for way in rule.ways if rule else ():
         before = len(ops) - len(way.ops.ops)
         if way.ops != IDENTITY and ops[before:] == way.ops.ops:
             laid_out = Pipeline(ops[:before]).shapes(shapes)
-            return way.ops.text if laid_out == [weight.target.shape] else ""
+            moving = Pipeline(tuple(op for op in way.ops.ops if op.invert))
+            return moving.text if laid_out == [weight.target.shape] else ""
     return ""

@@ -35,16 +35,19 @@ def run_target(
     outputs: Sequence[str],
     weights: Mapping[str, Any] | None = None,
     precisions: Iterable[str] = PRECISIONS,
+    models: dict[str, Any] | None = None,
 ) -> Activations:
     """Those of `outputs` that the model has, for every probe, in float64 and in float32.
 
-    `weights` are put in the place of the folder's own. Raises TargetError when timm cannot load the folder or the
-    model cannot take a probe.
+    `weights` are put in the place of the folder's own. The model that ran in float64 is left in `models`. Raises
+    TargetError when timm cannot load the folder or the model cannot take a probe.
     """
     found: Activations = {}
     with single_threaded():
         for precision in precisions:
             model = load_target(directory, precision, weights)
+            if models is not None and precision == "float64":
+                models[precision] = model
             found[precision] = {}
             for probe, array in inputs.items():
                 with blamed(directory, f"its model cannot run {probe} {array.shape} in {precision}"):

@@ -14,6 +14,9 @@ from converters.errors import NotExpressible
 from converters.mapping import find_mappings
 from converters.reports.terminal import console, show_verdict
 from converters.verifier import verify
+from converters.verifier.mutants import run_mutants
+from converters.verifier.recording import read_recording
+from converters.verifier.subject import read_subject
 
 MODEL = {
     "application": "MobileNetV2",
@@ -67,6 +70,16 @@ def test_it_is_held_to_its_bound_and_told(work, verified):
         show_verdict(verified)
     assert "deviation, within 0.5" in text.get() and "declared: timm's eps is fixed" in text.get()
     assert verify_again(work, bound=1e-5).culprit == "bn1"
+
+
+def test_mutants_are_judged_without_what_is_declared(work, verified):
+    """With the source's eps in timm's modules nothing else is left, so that mutants need not exceed the bound."""
+    recording, subject = read_recording(work / "recording.npz"), read_subject(work / "near")
+    sharp = run_mutants(work / "near", recording, deviation=subject.deviation)
+    (declared,) = subject.deviation
+    blunt = run_mutants(work / "near", recording, deviation=[{**declared, "attribute": "unknown"}])
+    assert sharp.passed and sharp.smallest_margin > 1e3
+    assert blunt.smallest_margin < 10
 
 
 def verify_again(work: Path, bound: float = 0.5, wrong: str | None = None):

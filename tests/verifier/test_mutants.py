@@ -176,7 +176,8 @@ def test_a_comparison_that_sees_too_little_is_unproven(make: Make) -> None:
 
 
 def test_a_bound_that_lets_everything_pass_is_unproven(make: Make) -> None:
-    found = run_mutants(*make("test_resnet"), allowed=1e3)
+    declared = {"where": [], "attribute": "eps", "source": 1, "target": 2, "bound": 1e3}
+    found = run_mutants(*make("test_resnet"), deviation=[declared])
     assert not found.passed and found.undetected == len(found.mutants) and found.smallest_margin < 1e-2
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,19 +54,14 @@ def test_keras_on_tensorflow_and_on_torch(mobilenet, monkeypatch):
     assert "tensorflow" not in on_torch.about["framework"]
 
 
-def test_keras_taps_come_in_parts_where_memory_is_little(mobilenet, tmp_path):
-    """As many runs as it takes, and the same arrays: what leaves one layer is what enters the next."""
-    worker = shutil.copytree(REFERENCES, tmp_path / "worker")
-    path = worker / "run_keras.py"
-    text = path.read_text()
-    assert text.count("AT_ONCE = 512 << 20") == 1
-    path.write_text(text.replace("AT_ONCE = 512 << 20", "AT_ONCE = 1 << 20"))
+def test_keras_taps(mobilenet, tmp_path):
+    """What leaves one layer is what enters the next."""
     names = ["Conv1", "bn_Conv1", "block_3_expand", "block_3_expand_BN", "block_16_project", "Conv_1", "predictions"]
     job = {"runner": "keras", "model": MOBILENET, "outputs": {"logits": "0"}, "source": {"file": str(mobilenet)}}
     job["taps"] = {"inputs": [*names, "absent"], "outputs": [*names, "Conv1_relu", "block_16_project_BN"]}
     (tmp_path / "job.json").write_text(json.dumps(job))
     np.savez(tmp_path / "inputs.npz", normal=PROBES["normal"])
-    subprocess.run([sys.executable, worker, tmp_path], check=True, capture_output=True)
+    subprocess.run([sys.executable, REFERENCES, tmp_path], check=True, capture_output=True)
     recording = read_recording(tmp_path / "recording.npz")
     taps = recording.taps
     assert list(taps.inputs) == names and set(taps.outputs) == {*names, "Conv1_relu", "block_16_project_BN"}
@@ -89,12 +83,18 @@ def test_keras_weights_of_another_model(mobilenet):
         ask(mobilenet, "keras", model, {"logits": "0"})
 
 
-def test_keras_probes_that_enter_behind_the_preprocessing(mobilenet):
-    """`input` names the layer whose output the probe stands for; here a batch norm, so that ReLU6 alone is left."""
-    inside = probes((16, 32, 32))
-    outputs = {"relu": "Conv1_relu | b h w c -> b c h w", "logits": "0"}
-    recording = ask(mobilenet, "keras", {**MOBILENET, "input": "bn_Conv1"}, outputs, inside)
-    np.testing.assert_array_equal(recording.outputs["float32"]["normal"]["relu"], inside["normal"].clip(0, 6))
+def test_keras_probes_enter_behind_the_preprocessing_and_taps_before_activations(write_checkpoint, tmp_path):
+    arguments = {"weights": None, "include_top": False, "input_shape": [32, 32, 3]}
+    model = {"application": "EfficientNetB0", "args": arguments}
+    source = write_checkpoint({"framework": "keras", "model": model}, tmp_path / "net.weights.h5")
+    job = {"runner": "keras", "model": model, "outputs": {"features": "0"}, "source": {"file": str(source)}}
+    names = ["stem_conv_pad", "block1a_se_reduce", "block1a_se_expand"]
+    job["taps"] = {"inputs": names, "outputs": names}
+    taps = run_reference(job, inside := probes((3, 32, 32)), keep=tmp_path / "taps.npz").taps
+    np.testing.assert_array_equal(taps.read(taps.inputs[names[0]]), inside["normal"].astype(np.float64))
+    reduced, expanded = (taps.read(taps.outputs[name]) for name in names[1:])
+    np.testing.assert_array_equal(taps.read(taps.inputs[names[2]]), reduced / (1 + np.exp(-reduced)))
+    assert expanded.min() < 0  # no sigmoid yet
 
 
 def test_mmlab_beside_a_transformers_that_it_does_not_know(converted, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import pytest
 from converters.verifier.worker import REFERENCES
 
 OPENMMLAB = {"mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg"}
-OTHERS = {"keras", "onnxruntime", "safetensors", "tensorflow", "timm", "torch", "torchvision", "transformers"}
+OTHERS = {"flax", "jax", "keras", "onnxruntime", "safetensors", "tensorflow", "timm", "torch", "torchvision"}
+OTHERS |= {"tf_slim", "transformers"}
 FRAMEWORKS = {"numpy", "h5py", "importlib_metadata"} | OPENMMLAB | OTHERS
 MODULES = sorted(REFERENCES.glob("*.py"))
 LOCAL = {path.stem for path in MODULES}

@@ -351,3 +351,22 @@ def test_transformers_configs_that_do_not_fit(vit, runner, changes, words):
     config = {**json.loads((vit / "hf" / "config.json").read_text()), **changes}
     with pytest.raises((ValueError, OSError), match=words):
         runner("transformers").build(job(vit / "hf" / "model.safetensors", {"config": config}), "float32")
+
+
+def test_a_second_call_is_mended(runner):
+    """As where a block applies its first norm twice, and its second never."""
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ln1, self.ln2 = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.ln1(self.ln1(x))
+
+    runner("torchvision")
+    net, x = torch.nn.Sequential(Block(), Block()), torch.randn(3, 2)
+    with torch.no_grad():
+        wanted = net[1].ln2(net[1].ln1(net[0].ln2(net[0].ln1(x))))
+        importlib.import_module("torch_models").mend(net, {"{i}.ln1": "{i}.ln2"})
+        assert torch.equal(net(x), wanted) and torch.equal(net(x), wanted)

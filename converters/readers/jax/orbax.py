@@ -15,7 +15,7 @@ from typing import Any
 
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
 from converters.readers import Contents
-from converters.readers.files import SourceFile
+from converters.readers.files import Seen, SourceFile
 from converters.readers.jax.trees import arrange
 from converters.readers.protobuf import Malformed
 from converters.readers.strict_json import parse_json
@@ -109,8 +109,8 @@ class _Unopened(SourceFile):
         super().__init__(path)
         self.close()
 
-    def read(self, offset: int, nbytes: int, tensor: str | None = None) -> memoryview:
-        return SourceFile(self.path).read(offset, nbytes, tensor)
+    def read(self, offset: int, nbytes: int, tensor: str | None = None, seen: Seen | None = None) -> memoryview:
+        return SourceFile(self.path).read(offset, nbytes, tensor, seen)
 
     def sha256(self) -> str:
         return SourceFile(self.path).sha256()

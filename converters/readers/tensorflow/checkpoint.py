@@ -22,6 +22,7 @@ __all__ = ["FORMAT", "accepts", "own_graph", "read", "read_bundle"]
 
 FORMAT = "TensorFlow checkpoint"
 STRING = 7  # TensorFlow's DataType
+SEED = "/seed_generator_state"  # of Keras's dropout
 MAX_GRAPH = 1 << 22  # bytes; a thousand layers take a million
 MAX_TEXT = 1 << 20  # bytes of all string tensors that are kept
 
@@ -59,6 +60,8 @@ def read_bundle(bundle: Bundle, graph: list[Node] | None) -> Contents:
         entry = bundle.entries[key]
         if graph is not None and key.startswith(METRICS):
             set_aside[f"{METRICS}**"] = "what metrics have counted"
+        elif graph is not None and name.endswith(SEED):
+            set_aside[f"**{SEED}"] = "random generator state"
         elif entry.dtype in TENSORFLOW.dtypes:
             tree[name] = bundle.tensor(key, name)
         elif entry.dtype == STRING and not entry.pieces and entry.size <= room:

@@ -8,6 +8,8 @@
     job.json       {"runner", "model" or "config", "outputs": {name: "the runner's name | ops"}, "input": "ops",
                     "source": {"file", "files", "wrappers", "chosen"}, "trust",
                     "limits": {"seconds", "bytes", "threads"}}
+                   and, where the framework's code calls a module again in the place of another, whose weights then
+                   do nothing, "mend": {"layers.{i}.ln1": "layers.{i}.ln2"}
                    and, to look inside, "taps": {"inputs": [module], "outputs": [module]}; "precisions": 1 for the
                    best alone
     inputs.npz     one float32 NCHW array for each probe
@@ -63,6 +65,8 @@ RUNNERS = {
     "timm": "run_timm",
     "onnx": "run_onnx",
     "savedmodel": "run_savedmodel",
+    "flax": "run_flax",
+    "tensorflow": "run_tensorflow",
     "python": "run_python",
 }
 TASKS = {"list_tensors": "skeletons", "write_weights": "random_weights"}  # function: its module
@@ -86,7 +90,7 @@ THREADS = (
 )
 FRAMEWORKS = (
     *("numpy", "torch", "torchvision", "transformers", "safetensors", "timm", "onnxruntime", "tensorflow", "keras"),
-    *("h5py", "mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg"),
+    *("flax", "jax", "tf_slim", "h5py", "mmengine", "mmcv", "mmdet", "mmpretrain", "mmseg"),
 )
 
 

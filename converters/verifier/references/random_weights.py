@@ -34,8 +34,10 @@ def write_weights(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> 
     model = find_runner(job["runner"]).construct(job)
     if hasattr(model, "state_dict"):
         _write_torch(model, job)
+    elif hasattr(model, "shapes"):
+        _write_arrays(model, job)
     else:
-        _write_keras(model, job)
+        _write_keras(model, job, find_runner(job["runner"]))
     return {"file": job["out"]}
 
 
@@ -149,7 +151,15 @@ def _leftovers(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_keras(model: Any, job: Mapping[str, Any]) -> None:
+def _write_arrays(model: Any, job: Mapping[str, Any]) -> None:
+    import numpy as np
+
+    seed = job.get("seed", 0)
+    batch = np.random.default_rng(seed).standard_normal(job.get("input", [8, 3, 64, 64]))
+    model.write(job["out"], seed, batch.astype("float32"))
+
+
+def _write_keras(model: Any, job: Mapping[str, Any], runner: Any) -> None:
     import keras
     import numpy as np
 
@@ -165,7 +175,8 @@ def _write_keras(model: Any, job: Mapping[str, Any]) -> None:
         norm.momentum = 0.0  # this batch alone
     _, channels, height, width = job.get("input") or [8, *np.roll(model.input_shape[1:], 1)]
     if norms:
-        model(rng.standard_normal((8, height, width, channels)).astype("float32"), training=True)
+        inner = runner.behind_preprocessing(model, model.output)
+        inner(rng.standard_normal((8, height, width, channels)).astype("float32"), training=True)
     for norm, momentum in momenta:
         norm.momentum = momentum
         mean, variance = np.array(norm.moving_mean), np.array(norm.moving_variance)

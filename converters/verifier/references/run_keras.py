@@ -1,27 +1,30 @@
 """Reference runner for Keras applications, and for saved models of the user's own.
 
-`model` is {"application": NAME, "args": {...}, "input": LAYER}: a constructor of keras.applications and its
-arguments. The model is built from that code and filled by its own `load_weights`, which reads no config. Or it is
-{"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
+`model` is {"application": NAME, "args": {...}}: a constructor of keras.applications and its arguments. The model is
+built from that code and filled by its own `load_weights`, which reads no config, or by TensorFlow's `restore`. Or it
+is {"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
 without it an application stands in, if one is named too.
 It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
 
-The probe goes in as NHWC; `input`, if given, is the layer whose output it takes the place of (the last one of
-the preprocessing that some models hold). Outputs come as Keras lays them out: "0" is the model's own, "logits"
-the same without a softmax behind it, any other name is a layer's.
+The probe goes in as NHWC, behind the preprocessing that some models begin with. Outputs come as Keras lays them
+out: "0" is the model's own, "logits" the same without a softmax behind it, any other name is a layer's, and `NAME>`
+that of the layer behind it, which may have no name to count on. A tap is what a layer gives before its own
+activation, if it holds one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Modules", "build", "build_model", "construct"]
+__all__ = ["Modules", "behind_preprocessing", "build", "build_model", "construct"]
 
-AT_ONCE = 512 << 20  # bytes of activations that are held together
+PREPROCESSING = ("Normalization", "Rescaling")  # layers
 DECLARED = {
     "epsilon": "eps",
     "kernel_size": "kernel_size",
@@ -36,51 +39,61 @@ DECLARED = {
 
 def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
     """The application with the file's weights."""
+    path = job["source"]["file"]
+    weights = None if path.endswith((".keras", ".h5", ".hdf5")) else _restored(job["model"], path)
     whole = "file" in job["model"] and (job.get("trust") or "application" not in job["model"])
     model = _saved(job, precision) if whole else build_model(job["model"], precision)
     import keras
 
-    model.load_weights(job["source"]["file"])
-    layer = job["model"].get("input")
+    if weights is None:
+        model.load_weights(path)
+    else:
+        model.set_weights(weights)
     outputs = {name: _output(model, name) for name in job["outputs"]}
-    entry = model.get_layer(layer).output if layer else model.input
-    graph = keras.Model(entry, outputs)
+    graph = behind_preprocessing(model, outputs)
 
     def run(x: np.ndarray) -> dict[str, np.ndarray]:
         return _ask(graph, x)
 
-    run.modules = Modules(model, entry)  # type: ignore[attr-defined]
+    run.modules = Modules(model, run)  # type: ignore[attr-defined]
     return run, {"backend": keras.backend.backend()}
 
 
 class Modules:
     """A model's layers; see torch_modules.py. An activation of four axes is given as NCHW."""
 
-    def __init__(self, model: Any, entry: Any) -> None:
-        self.entry, self.layers = entry, {layer.name: layer for layer in model.layers}
+    def __init__(self, model: Any, run: Callable[[np.ndarray], Any]) -> None:
+        self.model, self.run, self.layers = model, run, {layer.name: layer for layer in _layers(model)}
+
+    def find(self, name: str) -> Any:
+        """The layer of that name, or None."""
+        return _behind(self.model, name[:-1]) if name.endswith(">") else self.layers.get(name)
 
     def watch(
         self, x: np.ndarray, inputs: Iterable[str], outputs: Iterable[str], keep: Callable[[str, str, Any], None]
     ) -> None:
-        """Run the model as often as its activations need to fit into memory, in the order of its layers."""
+        """Run the model; of a layer that is called more than once the first call counts."""
         import keras
 
-        wanted = {"input": set(inputs), "output": set(outputs)}
-        batches: list[dict[str, Any]] = [{}]
-        size = 0
-        for name, layer in self.layers.items():
-            for kind in wanted:
-                tensor = _first(getattr(layer, kind, None)) if name in wanted[kind] else None
-                if tensor is not None:
-                    size += len(x) * x.itemsize * int(np.prod([axis or 1 for axis in tensor.shape[1:]]))
-                    if size > AT_ONCE and batches[-1]:
-                        batches.append({})
-                        size = 0
-                    batches[-1][f"{kind} {name}"] = tensor
-        for batch in filter(None, batches):
-            for place, array in _ask(keras.Model(self.entry, batch), x).items():
-                kind, _, name = place.partition(" ")
+        seen = set()
+
+        def once(name: str, kind: str, value: Any) -> None:
+            if (kind, name) not in seen and hasattr(value, "shape"):
+                seen.add((kind, name))
+                array = keras.ops.convert_to_numpy(value)
                 keep(kind, name, array.transpose(0, 3, 1, 2) if array.ndim == 4 else array)
+
+        watched: list[tuple[Any, str, Any]] = []
+        try:
+            for name in dict.fromkeys((*inputs, *outputs)):
+                kinds = [kind for kind, asked in (("input", inputs), ("output", outputs)) if name in asked]
+                for one in _watched(self.find(name), kinds, partial(once, name)):
+                    watched.append(one)
+                    object.__setattr__(*one)
+            self.run(x)
+        finally:
+            for layer, attribute, function in reversed(watched):
+                object.__setattr__(layer, attribute, function.__wrapped__)
 
     def describe(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What each of these layers declares, under torch's names."""
@@ -99,9 +112,55 @@ def _ask(graph: Any, x: np.ndarray) -> dict[str, np.ndarray]:
     return {name: keras.ops.convert_to_numpy(value) for name, value in given.items()}
 
 
-def _first(tensors: Any) -> Any:
-    """A layer's only tensor; one with several has none that stands for it."""
-    return None if isinstance(tensors, (list, tuple, dict)) else tensors
+def behind_preprocessing(model: Any, outputs: Any) -> Any:
+    """The model of these outputs, from the first layer on that is no preprocessing."""
+    import keras
+
+    entry = model.input
+    for layer in model.layers:
+        if type(layer).__name__ in PREPROCESSING and layer.input is entry:
+            entry = layer.output
+    return keras.Model(entry, outputs)
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """The layers, and those of models among them."""
+    for layer in model.layers:
+        yield layer
+        yield from _layers(layer) if hasattr(layer, "layers") else ()
+
+
+def _behind(model: Any, name: str) -> Any:
+    """The first layer that takes what the layer of that name gives, and nothing else."""
+    given = next((layer.output for layer in model.layers if layer.name == name), None)
+    takers = (layer for layer in model.layers if given is not None and getattr(layer, "input", None) is given)
+    return next(takers, None)
+
+
+def _watched(layer: Any, kinds: list[str], once: Callable[[str, Any], None]) -> Iterator[tuple[Any, str, Any]]:
+    """The functions of the layer that are to be replaced, by ones that tell what they are given and give."""
+    if layer is None:
+        return
+    holds_activation = bool(layer.weights) and callable(getattr(layer, "activation", None))
+
+    @wraps(layer.call)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "input" in kinds and args:
+            once("input", args[0])
+        given = call.__wrapped__(*args, **kwargs)
+        if "output" in kinds and not holds_activation:
+            once("output", given)
+        return given
+
+    yield layer, "call", call
+    if holds_activation and "output" in kinds:
+
+        @wraps(layer.activation)
+        def activate(x: Any) -> Any:
+            once("output", x)
+            return activate.__wrapped__(x)
+
+        yield layer, "activation", activate
 
 
 def _plain(value: Any) -> Any:
@@ -111,6 +170,8 @@ def _plain(value: Any) -> Any:
 
 
 def _output(model: Any, name: str) -> Any:
+    if name.endswith(">"):
+        return _behind(model, name[:-1]).output
     if name not in ("0", "logits"):
         return model.get_layer(name).output
     last = model.output._keras_history.operation
@@ -130,6 +191,24 @@ def build_model(config: Mapping[str, Any], precision: str) -> Any:
     """The application as its constructor leaves it."""
     keras = _keras(precision)
     return getattr(keras.applications, config["application"])(**{"weights": None, **config.get("args", {})})
+
+
+def _restored(config: Mapping[str, Any], path: str) -> list[np.ndarray]:
+    """The application's weights from an object-based checkpoint of TensorFlow's, or from an exported SavedModel."""
+    model = build_model(config, "float32")
+    import tensorflow as tf
+
+    folder = os.path.dirname(path) if os.path.basename(path) == "saved_model.pb" else path
+    prefix = os.path.join(folder, "variables", "variables") if os.path.isdir(folder) else path
+    for ending in re.findall(r"\.(?:index|data-[0-9]+-of-[0-9]+)$", prefix):
+        prefix = prefix[: -len(ending)]
+    places = [key.split("/") for key in tf.train.load_checkpoint(prefix).get_variable_to_shape_map()]
+    roots = {place[0]: model for place in places if place[1:2] == ["_operations"]}
+    if ["variables", "0"] in [place[:2] for place in places]:
+        roots = {"variables": model.variables}
+    checkpoint = tf.train.Checkpoint(**roots) if roots else tf.train.Checkpoint(model)
+    checkpoint.restore(prefix).assert_existing_objects_matched().expect_partial()
+    return model.get_weights()  # type: ignore[no-any-return]
 
 
 def _saved(job: Mapping[str, Any], precision: str) -> Any:

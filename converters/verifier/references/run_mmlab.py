@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch_models import answering, fill, read_state
+from torch_models import answering, fill, mend, read_state
 
 __all__ = ["build", "build_model", "construct"]
 
@@ -31,6 +31,7 @@ def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
     model = build_model(job["runner"], job.get("model") or _config(job["config"]))
     model.to(getattr(torch, precision))
     facts = fill(model, read_state(job, "state_dict"), ["backbone."])
+    mend(model, job.get("mend", {}))
     call = functools.partial(model, mode="tensor") if hasattr(model, "backbone") else None
     return answering(model, job["outputs"], call), facts
 

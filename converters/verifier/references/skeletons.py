@@ -46,6 +46,8 @@ def _list(runner: Any, job: Mapping[str, Any], path: str) -> dict[str, Any]:
             model = runner.construct(job)
     except Exception:  # some constructors compute with what they fill
         model = runner.construct(job)
+    if hasattr(model, "shapes"):
+        return {"tensors": {name: [list(shape), "float32"] for name, shape in model.shapes.items()}}
     if hasattr(model, "save_pretrained"):
         model = model.to_empty(device="cpu")
         save_pretrained(model, path)

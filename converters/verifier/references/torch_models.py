@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import pickle
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch_modules import Modules
 
-__all__ = ["answering", "faithful_to", "fill", "filled", "flatten", "read_state", "settle"]
+__all__ = ["answering", "faithful_to", "fill", "filled", "flatten", "mend", "read_state", "settle"]
 
 INERT = (  # what training logs and arguments leave in a checkpoint; objects that do nothing stand in for them
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -95,6 +95,28 @@ def answering(
 
     run.modules = Modules(model, run)  # type: ignore[attr-defined]
     return run
+
+
+def mend(model: torch.nn.Module, places: Mapping[str, str]) -> None:
+    """Let another module answer when one is called for the second time in a pass; `{i}` stands for a number."""
+    modules, calls = dict(model.named_modules()), Counter[str]()
+    model.register_forward_pre_hook(lambda _model, _inputs: calls.clear())
+
+    def answer(name: str, other: torch.nn.Module) -> Callable[..., Any]:
+        def hook(_module: torch.nn.Module, inputs: Any, _given: Any) -> Any:
+            calls[name] += 1
+            return other(*inputs) if calls[name] == 2 else None
+
+        return hook
+
+    for place, instead in places.items():
+        number = place.replace("{i}", "#")
+        pattern = re.escape(number).replace(re.escape("#"), r"(\d+)")
+        for name in modules:
+            found = re.search(rf"(^|\.){pattern}$", name)
+            if found:
+                other = name[: found.start(0)] + found[1] + instead.replace("{i}", found[2])
+                modules[name].register_forward_hook(answer(name, modules[other]))
 
 
 def _listen(inside: dict[str, np.ndarray], path: str) -> Callable[..., None]:

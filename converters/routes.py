@@ -1,0 +1,122 @@
+"""Routes: what a mapping says of every source, and where that leads in a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass
+from typing import Any
+
+from converters.mapping import Mapping
+from converters.names import Match, split
+from converters.ops import IDENTITY, Pipeline
+from converters.rows import Drop, Fill, Leaf, Numbered, Rule, Way, most_specific
+from converters.tensors import TensorSpec
+
+__all__ = ["Existing", "Homeless", "Problem", "Route", "follow", "route"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a plan does not close."""
+
+    kind: str  # a key of diagnosis.KINDS
+    name: str  # the source or target that it is about
+    spec: TensorSpec
+    rows: tuple[Rule | Drop | Fill, ...] = ()
+    detail: str = ""
+    target: str = ""  # for a source that a rule sends nowhere: the name that the target lacks
+    shape: tuple[int, ...] = ()  # for a target of another shape: the one that its source would give
+
+
+@dataclass(frozen=True)
+class Route:
+    """What the mapping says of one source."""
+
+    spec: TensorSpec
+    segments: tuple[str, ...]  # its name, stripped of the family's prefixes
+    row: Rule | Drop | None
+    match: Match | None
+    problem: Problem | None = None
+
+
+def route(mapping: Mapping, specs: Dict[str, TensorSpec]) -> tuple[Route, ...]:
+    """Each source's most specific row."""
+    routes, taken = [], dict[tuple[str, ...], str]()
+    for (name, segments), spec in zip(mapping.segments(specs).items(), specs.values(), strict=True):
+        rows, match = most_specific(mapping.rows, segments)
+        problem = None
+        if other := taken.get(segments):
+            problem = Problem("twice", name, spec, detail=f"it and {other} are one name without their prefix")
+        elif len(rows) > 1:
+            problem = Problem("tie", name, spec, tuple(rows))
+        elif not rows:
+            problem = Problem("unmatched", name, spec)
+        taken[segments] = name
+        routes.append(Route(spec, segments, rows[0] if rows else None, match, problem))
+    return tuple(routes)
+
+
+class Homeless(Exception):
+    """A route that this target gives no place; the text says why."""
+
+
+@dataclass(frozen=True)
+class Existing:
+    """What `when:` can ask for."""
+
+    target: frozenset[tuple[str, ...]]
+    source: frozenset[tuple[str, ...]]
+
+    def holds(self, way: Way, captures: dict[str, Any]) -> bool:
+        asked = ((way.source, self.source), (way.target, self.target))
+        return all(split(name) in there for guard, there in asked if guard for name in guard.render(captures))
+
+
+def follow(
+    mapping: Mapping, item: Route, existing: Existing, numbered: tuple[Numbered, ...]
+) -> tuple[tuple[str, ...], Pipeline]:
+    """The target names that a route leads to, and its ops. Raises Homeless, or KeyError without the numbering."""
+    assert isinstance(item.row, Rule) and item.match
+    captures: dict[str, Any] = dict(item.match.captures)
+    for modules in numbered:
+        captures |= modules.find(item.match.captures)
+    try:
+        way = _way(
+            item.row,
+            captures,
+            existing,
+            {field for one in numbered for module in one.modules.values() for field in module},
+        )
+        names = way.template.render(captures)
+    except KeyError as error:
+        counts = [f"the target has only {len(one.modules)} of {one.text}" for one in numbered]
+        if not counts:
+            raise
+        raise Homeless(" and ".join(counts)) from error
+    except ValueError as error:  # arithmetic on a word, a division by zero
+        raise Homeless(str(error)) from error
+    if not item.match.rest:
+        return names, way.ops
+    leaf = _leaf(mapping, item)
+    tail = ".".join((*item.match.rest[:-1], leaf.name))
+    return tuple(f"{name}.{tail}" for name in names), leaf.ops + way.ops
+
+
+def _way(rule: Rule, captures: dict[str, Any], existing: Existing, numbered: set[str]) -> Way:
+    """The first way whose guard holds, of those for the kind of module that was numbered."""
+    for way in rule.ways:
+        if not (way.template.fields - captures.keys()) & numbered and existing.holds(way, captures):
+            return way
+    raise Homeless("no way of this row has a guard that holds")
+
+
+def _leaf(mapping: Mapping, item: Route) -> Leaf:
+    assert item.match
+    leaf, rank = item.match.rest[-1], len(item.spec.shape)
+    ways = mapping.leaves.get(leaf)
+    if ways is None:
+        return Leaf(leaf, IDENTITY, None)
+    for way in ways:
+        if way.rank in (None, rank):
+            return way
+    raise Homeless(f"leaves.yaml has no layout for a `{leaf}` of rank {rank}")
