@@ -211,7 +211,6 @@ def fill_reference(reference: ReferenceFile, family: Family, target: Skeleton, s
         "runner": reference.runner,
         "model": filled(reference.model, values),
         "outputs": reference.outputs,
-        **({"input": reference.input} if reference.input else {}),
         **({"mend": reference.mend} if reference.mend else {}),
         "any_size": reference.any_size and not fixed,
     }

@@ -213,7 +213,8 @@ def _with_preprocessing(plan: Plan, reference: ReferenceFile | None, checkpoint:
     found, row = read_preprocessing(checkpoint.metadata), plan.mapping.targets.get(plan.skeleton.architecture, {})
     published = {**plan.mapping.preprocess, **(reference.preprocess if reference else {})}
     values = {**filled(published, row), **found.values}
-    bgr = values.pop("bgr", False) or found.bgr if asked.ways.bgr is None else asked.ways.bgr
+    own = bool(values.pop("bgr", False))
+    bgr = asked.ways.bgr if asked.ways.bgr is not None else found.bgr if found.values else own
     plan = replace(plan, preprocess=values)
     plan = take_bgr(plan) if bgr else plan
     return fold_normalization(plan) if asked.ways.fold else plan

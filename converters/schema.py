@@ -64,7 +64,6 @@ class ReferenceFile(_Strict):
     model: dict[str, Any]
     outputs: dict[str, str]  # timm's output: the reference's, and an einops pattern where layouts differ
     any_size: bool = True  # whether it takes images of another size than timm's
-    input: str = ""  # ops that make timm's input of the reference's: `flip 1` for a model of BGR images
     when: Evidence = Evidence()
     target_args: dict[str, Any] = {}  # what makes timm compute this reference's function
     mend: dict[str, str] = {}  # modules that its code calls again in the place of others: `{ln1: ln2}`
@@ -130,7 +129,7 @@ class MappingFile(_Strict):
     enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
     # timm's settings, or `bgr: true`; here too `$name` stands for a value of the target's row
-    preprocess: dict[str, ConstantFile | list[float] | Plain] = {}
+    preprocess: dict[str, ConstantFile | list[int] | list[float] | Plain] = {}
     reference: ReferenceFile | list[ReferenceFile] = []
     refuse: list[Refusal] = []
     caveat: str = ""  # what must be told although plans close

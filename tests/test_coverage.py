@@ -25,7 +25,7 @@ def test_the_table_is_what_the_results_say(coverage) -> None:
     assert (ROOT / "COVERAGE.md").read_text("utf-8") == coverage.render(coverage.read_results())
 
 
-@pytest.mark.parametrize("family", find_mappings())
+@pytest.mark.parametrize("family", [name for name in find_mappings() if load_mapping(name).target_names])
 def test_every_target_has_its_row(coverage, family: str) -> None:
     mapping = load_mapping(family)
     rows = coverage.read_results()[family]

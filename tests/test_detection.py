@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +162,6 @@ DEEPLAB = "backbone=dict(\n    type='ResNetV1c', strides=(1, 2, 1, 1),\n    dila
         ({"cfg": PYTORCH.replace("pytorch", "caffe")}, "the stride of a block is on its 1x1 convolution"),
         ({"cfg": PYTORCH.replace("'pytorch'", '"caffe"')}, "the stride of a block is on its 1x1 convolution"),
         ({"cfg": DEEPLAB}, "its stages are dilated"),
-        ({"cfg": DEEPLAB.replace("strides", "contract_dilation=True, strides")}, 0),
         ({"cfg": PYTORCH.replace("ResNet", "TridentResNet")}, "it is a TridentNet"),
         ({"cfg": "something else"}, 2),
         ({"cfg": {1: float("nan"), "x": [None]}}, 2),
@@ -177,6 +177,33 @@ def test_refusals(source, metadata, outcome):
         with pytest.raises(NotExpressible) as caught:
             find_plan(checkpoint)
         assert str(caught.value).startswith(f"source.pth: is of mmlab/resnet, but timm cannot compute it: {outcome}")
+
+
+KERAS = "targets: {mobilenetv2_035: {grey: [0.4]}}\ndetect: [Conv1]\nleaves: keras\n"
+
+
+def test_what_a_family_says_of_every_file(family, source):
+    """A caveat; settings that differ between targets; images whose channels are the other way round."""
+    rules = load_mapping("keras/mobilenet_v2").path.read_text("utf-8").partition("leaves: keras\n")[2]
+    rules = re.sub(r"preprocess:.*", "preprocess: {mean: $grey, bgr: true, input_size: [3, 96, 96]}", rules)
+    args = "target_args: {pad_type: same, bn_eps: 0.001}\ncaveat: mind the gap\n"
+    plan = find_plan(source("keras/mobilenet_v2", "a classifier"), family=str(family(args + rules, KERAS).path))
+    assert plan.caveats == ("mind the gap",) and plan.preprocess == {"mean": [0.4], "input_size": [3, 96, 96]}
+    assert [step.target.name for step in plan.steps if "BGR" in step.origin.ops.text] == ["conv_stem.weight"]
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("conv2_block1_0_conv/kernel=1 conv2_block1_3_bn/gamma=1", "the stride of a block is on its first 1x1"),
+        ("conv2_block1_preact_bn/gamma=1 post_bn/gamma=1", "the stride of a stage is in its last block"),
+        ("stem_conv1/kernel=1 separable_conv_1_reduction_left1_stem_1/depthwise_kernel=1", "it pads with zeros before"),
+        (" ".join(f"conv2d_{n}/kernel=1 batch_normalization_{n}/beta=1" for n in range(200, 294)), "its average pools"),
+    ],
+)
+def test_keras_models_that_timm_cannot_express(specs, names, reason):
+    with pytest.raises(NotExpressible, match=reason):
+        find_plan(made_of(specs(names)))
 
 
 def test_a_family_without_targets_is_refused(family, specs):

@@ -62,6 +62,13 @@ def test_a_gather_across_modules():
     assert Pattern.parse("{a|ab}").match(("ab",)).choice == 1
 
 
+def test_whole_segments_are_captured():
+    pattern = Pattern.parse("{**}.conv")
+    assert pattern.match(split("a.0.conv.weight")).captures == {"**": "a.0"} and pattern.fields == {"**"}
+    assert pattern.match(("conv",)).captures == {"**": ""} and pattern.match(("a",)) is None
+    assert Template.parse("{**}.bn").render({"**": "a.0"}) == ("a.0.bn",)
+
+
 def test_table():
     pattern = Pattern.parse("{l}.{i}", {"l": {"conv": "conv1", "conv_long": 2}, "unused": {"a": 1}})
     assert pattern.match(split("conv_long.5")).captures == {"l": 2, "i": 5}
@@ -80,6 +87,7 @@ def test_table():
         ("a.{_any}", "`{_any}` is no capture; arithmetic belongs on the right side"),
         ("{i}.{i}", "`{i}.{i}` captures {i} twice"),
         ("{*}.{*}", "`{*}.{*}` captures {*} twice"),
+        ("{**}.a.{**}", "`{**}.a.{**}` captures {**} twice"),
         ("{q|k}.{q|k}", "`{q|k}.{q|k}` gathers twice"),
         ("{q|q}", "`{q|q}` must name different words, each within one segment"),
         ("{a.q|a.q}", "`{a.q|a.q}` must name different words"),

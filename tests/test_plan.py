@@ -105,6 +105,18 @@ CLOSES = {
         "s.1.0.w=12 " + " ".join(f"s.0.{n}.w={n + 1}" for n in range(11)),
         {f"s.{n // 11}.{n % 11}.w": f"x{n}.w" for n in range(12)},
     ),
+    "enumerate counts modules in the order of the model": (
+        "x{n}: '{**}.c'\n\nenumerate: {n: '{**}.c'}",
+        "x0.w=1 x1.w=2 x2.w=3",
+        "b.c.w=1 a.1.0.c.w=2 a.0.c.w=3",
+        {"b.c.w": "x0.w", "a.1.0.c.w": "x1.w", "a.0.c.w": "x2.w"},
+    ),
+    "automatic names count from the first": (
+        "conv: a\nconv_{n}: b.{n}\n\nrenumber: [conv]",
+        "conv_96.w=2 conv_100.w=3 conv_9.w=1",
+        "a.w=1 b.1.w=2 b.2.w=3",
+        {"a.w": "conv_9.w", "b.1.w": "conv_96.w", "b.2.w": "conv_100.w"},
+    ),
     "several kinds of modules are counted as the target has them": (
         "x{n}: ['s.{i}.{j}', 's.{i}.down']\n\nenumerate: {n: ['s.{i}.down', 's.{i}.{j}']}",
         "x0.w=1 x1.w=2 x2.w=3",

@@ -166,14 +166,12 @@ SOURCES: dict[str, dict[str, Callable[[], Specs]]] = {
     **{
         f"keras/{family}": {"a classifier": keras(application, classes=10, input_shape=[size, size, 3])}
         for family, application, size in (
-            ("convnext", "ConvNeXtTiny", 96),
             ("densenet", "DenseNet121", 96),
             ("efficientnet", "EfficientNetB0", 96),
             ("efficientnet_v2", "EfficientNetV2B0", 96),
             ("inception_resnet_v2", "InceptionResNetV2", 96),
             ("mobilenet", "MobileNet", 96),
             ("mobilenet_v3", "MobileNetV3Small", 96),
-            ("vgg", "VGG16", 224),
             ("xception", "Xception", 96),
         )
     },

@@ -92,5 +92,25 @@ def test_float64_weights_are_rounded_once(tmp_path):
         assert rounding.passed and rounding.tensors > 200
 
 
+def test_what_is_calculated_is_compared_before_it_is_rounded(tmp_path, family):
+    """float32 has no room for a variance of 1 and an eps of 1e-8, nor has float64 for less than 1e-16."""
+    import timm
+
+    rows = "{conv1: conv1, bn1: bn1, 'layer{i}': 'layer{i}', fc: fc}"
+    added = "leaves: {like: torch, running_var: running_var | add 1e-8}\n"
+    mapping = family(f"rules: {rows}\n", head=f"targets: {{resnet18: }}\ndetect: [fc]\n{added}")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "source.pth")
+    convert(tmp_path / "source.pth", tmp_path / "out", family=str(mapping.path))
+    subject, source = read_subject(tmp_path / "out"), open_checkpoint(tmp_path / "source.pth")
+    exact, rounding = unrounded(subject, source)
+    assert rounding.passed and (rounding.dtype, rounding.tensors) == ("float32", 20) and len(exact) == 20
+    assert exact["bn1.running_var"].dtype == torch.float64 and float(exact["bn1.running_var"][0]) == 1 + 1e-8
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["bn1.running_var"][3] += 1e-3
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert unrounded(subject, source)[1].wrong == ("bn1.running_var",)
+
+
 def test_a_kept_dtype_is_not_looked_at(tapped):
     assert unrounded(read_subject(tapped.folder), open_checkpoint(tapped.source)) == ({}, None)

@@ -204,7 +204,7 @@ def _record(job: dict[str, Any], folder: str, recording: zipfile.ZipFile) -> dic
         "input": job.get("input", ""),
         "source": {
             "file": os.path.basename(job["source"]["file"]),
-            "sha256": _sha256(job["source"]["files"]),
+            "sha256": _sha256(job["source"]["files"], job["source"]["file"]),
         },
         "notes": [],
     }
@@ -278,8 +278,11 @@ def _check(found: Mapping[str, Any], names: Iterable[str], precision: str) -> No
             raise TypeError(f"its output {name!r} is {found[name].dtype}")
 
 
-def _sha256(paths: list[str]) -> str:
-    """The content's SHA-256; of several files, that of the lines `<sha256>  <name>` in order of names."""
+def _sha256(paths: list[str], folder: str = "") -> str:
+    """The content's SHA-256; of several files, that of the lines `<sha256>  <name>` in order of names.
+
+    A name is a path within the checkpoint's folder, if it is one.
+    """
     import hashlib
 
     digests = {}
@@ -288,7 +291,9 @@ def _sha256(paths: list[str]) -> str:
         with open(path, "rb") as file:
             for piece in iter(lambda: file.read(8 << 20), b""):
                 digest.update(piece)
-        digests[os.path.basename(path)] = digest.hexdigest()
+        inside = os.path.isdir(folder) and not os.path.relpath(path, folder).startswith(os.pardir)
+        name = os.path.relpath(path, folder).replace(os.sep, "/") if inside else os.path.basename(path)
+        digests[name] = digest.hexdigest()
     if len(digests) == 1:
         return next(iter(digests.values()))
     return hashlib.sha256("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Reference runner for Keras applications, and for saved models of the user's own.
 
 `model` is {"application": NAME, "args": {...}}: a constructor of keras.applications and its arguments. The model is
-built from that code and filled by its own `load_weights`, which reads no config, or by TensorFlow's `restore`. Or it
+built from that code and filled by its own `load_weights`, which reads no config, or by TensorFlow's `read`. Or it
 is {"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
 without it an application stands in, if one is named too.
 It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
@@ -207,7 +207,7 @@ def _restored(config: Mapping[str, Any], path: str) -> list[np.ndarray]:
     if ["variables", "0"] in [place[:2] for place in places]:
         roots = {"variables": model.variables}
     checkpoint = tf.train.Checkpoint(**roots) if roots else tf.train.Checkpoint(model)
-    checkpoint.restore(prefix).assert_existing_objects_matched().expect_partial()
+    checkpoint.read(prefix).assert_existing_objects_matched().expect_partial()
     return model.get_weights()  # type: ignore[no-any-return]
 
 

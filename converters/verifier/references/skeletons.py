@@ -25,6 +25,7 @@ def list_tensors(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> d
     That is {"tensors": {name: [shape, dtype]}} where names are the model's own, and {"file": path} of a
     checkpoint in the job's `folder` where the framework's saver makes them.
     """
+    os.environ.setdefault("KERAS_BACKEND", "numpy")  # nothing is computed, and it builds a model in a tenth of the time
     found, missing = [], {}
     for number, model in enumerate(job["models"]):
         try:
