@@ -149,7 +149,9 @@ class _Changing:
         for text, names in self.made.items():
             folded = ", ".join(name for name, _ in fold(names))
             head = _heads(self.old).issuperset(names)
-            yield Change(f"{text}: {folded}", inside=not head, classes=(self.kept or ()) if head else ())
+            yield Change(
+                f"{text}: {folded}", inside=not head, classes=(self.kept or ()) if head else (), tensors=tuple(names)
+            )
 
 
 def _resampler(name: str, old: Shape, new: Shape, sizes: tuple[Size | None, Size | None], way: str) -> Op | None:

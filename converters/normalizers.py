@@ -25,7 +25,6 @@ __all__ = [
     "patches",
     "position_map",
     "positions",
-    "reverse_channels",
     "rows",
     "table",
     "zeros",
@@ -125,16 +124,6 @@ def channels(old: int, new: int, alpha: bool = False) -> Op:
 
     how = "no weight for the new" if alpha else "sum" if new == 1 else f"repeated, times {old}/{new}"
     return _op(f"channels {old} -> {new}, {how}", adapt)
-
-
-def reverse_channels(channels: int) -> Op:
-    """The first convolution (out, pixels * channels, height, width) for BGR images in the place of RGB, or back."""
-
-    def turn(tensors: Tensors, parts: int) -> Tensors:
-        grouped = [tensor.reshape(tensor.shape[0], -1, channels, *tensor.shape[2:]) for tensor in tensors]
-        return [group.flip(2).flatten(1, 2) for group in grouped]
-
-    return Op("channels BGR -> RGB", turn, lambda shapes: reverse_channels(channels))
 
 
 def rows(indices: Sequence[int]) -> Op:

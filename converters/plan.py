@@ -50,6 +50,7 @@ class Change:
     text: str  # the op and its tensors, folded
     inside: bool  # whether features change too, and not only a classifier
     classes: tuple[int, ...] = ()  # which of the source's classes are kept, in this order
+    tensors: tuple[str, ...] = ()  # whose values are no longer the source's
 
 
 @dataclass(frozen=True)

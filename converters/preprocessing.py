@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from converters.errors import TargetError
-from converters.normalizers import reverse_channels
 from converters.ops import Op, Pipeline, Tensors
 from converters.plan import Change, Origin, Plan, Step
 from converters.target import traits_of
@@ -49,16 +48,20 @@ def read_preprocessing(metadata: Mapping[str, Any]) -> Preprocessing:
 
 
 def take_bgr(plan: Plan) -> Plan:
-    """The plan for a source that takes BGR images: its first convolution takes the channels in the other order."""
+    """The plan for a source that takes BGR images: its first convolution takes the channels in the other order.
+
+    Raises TargetError for one that takes pixels folded into channels.
+    """
     traits = traits_of(plan.skeleton.architecture)
     stems = {f"{name}.weight" for name in traits.first_convs}
-    channels = plan.skeleton.args.get("in_chans", traits.in_chans)
+    turn = Pipeline.parse("flip 1")
 
     def turned(step: Step) -> Step:
-        if step.target.name not in stems or len(step.target.shape) != 4 or channels != 3:
+        if step.target.name not in stems or step.origin.fill is not None:
             return step
-        ops = step.origin.ops + Pipeline((reverse_channels(channels),))
-        return replace(step, origin=replace(step.origin, ops=ops))
+        if step.target.shape[1:2] != (3,):
+            raise TargetError(f"{step.target.name} takes no plain colours, and cannot be turned from BGR to RGB")
+        return replace(step, origin=replace(step.origin, ops=step.origin.ops + turn))
 
     return replace(plan, steps=tuple(map(turned, plan.steps)), bgr=True)
 

@@ -13,6 +13,9 @@ import torch
 from converters import convert, verify
 from converters.changes import Ways
 from converters.errors import ConverterError, ReferenceFailed, TargetError
+from converters.readers import open_checkpoint
+from converters.verifier.rounding import unrounded
+from converters.verifier.subject import read_subject
 
 
 def saved(architecture: str, path: Path, **args: Any) -> torch.nn.Module:
@@ -138,3 +141,11 @@ def test_a_changed_function_is_not_verified(tmp_path: Path) -> None:
     convert(tmp_path / "source.pth", tmp_path / "out", args={"in_chans": 1})
     with pytest.raises(ReferenceFailed, match=r"was changed on request \(channels 3 -> 1, sum: conv1\.weight"):
         verify(tmp_path / "out", tmp_path / "source.pth", reference="timm:resnet18")
+
+
+def test_a_verification_knows_the_tensors_that_were_changed(tmp_path: Path) -> None:
+    saved("resnet18", tmp_path / "source.pth")
+    convert(tmp_path / "source.pth", tmp_path / "out", ways=Ways(classes=slice(1, None)))
+    subject = read_subject(tmp_path / "out")
+    assert subject.changed == {"fc.weight", "fc.bias"} and not subject.changes
+    assert unrounded(subject, open_checkpoint(tmp_path / "source.pth")) == ({}, None)

@@ -19,7 +19,6 @@ from converters.normalizers import (
     patches,
     position_map,
     positions,
-    reverse_channels,
     rows,
     table,
     zeros,
@@ -119,14 +118,6 @@ def test_an_alpha_channel_has_no_weight():
     source = drawn(6, 3, 2, 2)
     (found,) = channels(3, 4, alpha=True).run([source], 1)
     assert torch.equal(found[:, :3], source) and not found[:, 3:].any() and found.shape[1] == 4
-
-
-def test_bgr_images():
-    source = drawn(6, 6, 2, 2)
-    op = reverse_channels(3)
-    (found,) = op.run([source], 1)
-    assert torch.equal(found, source[:, [2, 1, 0, 5, 4, 3]])
-    assert torch.equal(op.invert([source.shape]).run([found], 1)[0], source)
 
 
 def test_classes():

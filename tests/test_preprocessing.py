@@ -59,7 +59,7 @@ def test_a_model_of_bgr_images_takes_rgb_in_timm(said: str, tmp_path: Path) -> N
     meta = {"cfg": CAFFE} if said == "by the file" else {}
     torch.save({"arch": "resnet18", "state_dict": model.state_dict(), "meta": meta}, tmp_path / "source.pth")
     done = convert(tmp_path / "source.pth", tmp_path / "out", ways=Ways(bgr=None if meta else True))
-    assert [step.origin.ops.text for step in done.plan.steps if step.origin.ops.ops] == ["channels BGR -> RGB"]
+    assert [step.origin.ops.text for step in done.plan.steps if step.origin.ops.ops] == ["flip 1"]
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

@@ -45,7 +45,9 @@ def unrounded(subject: Subject, checkpoint: Checkpoint) -> tuple[dict[str, Any],
     with safe_open(path, "pt") as stored:
         names = set(stored.keys())
         for name, origin in subject.tensors.items():
-            if "from" not in origin or (subject.dtype == "source" and _moves_only(origin)):
+            if "from" not in origin or name in subject.changed:
+                continue
+            if subject.dtype == "source" and _moves_only(origin):
                 continue
             given = stored.get_tensor(name) if name in names else None
             right = _recomputed(name, subject, checkpoint)

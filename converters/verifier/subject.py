@@ -42,6 +42,7 @@ class Subject:
     modules: tuple[Pair, ...] = ()
     deviation: tuple[dict[str, Any], ...] = ()
     changes: tuple[str, ...] = ()  # on request, so that no model of the source framework computes its features
+    changed: frozenset[str] = frozenset()  # tensors of a classifier that is not the source's
 
     def about(self) -> dict[str, Any]:
         """What is verified, and by which libraries it is run."""
@@ -85,6 +86,7 @@ def make_subject(
         modules=read_pairs(conversion.get("modules", {})),
         deviation=tuple(map(_deviation, conversion.get("deviation", ()))),
         changes=tuple(str(one["text"]) for one in conversion.get("changes", ()) if one["inside"]),
+        changed=frozenset(str(name) for one in conversion.get("changes", ()) for name in one["tensors"]),
     )
 
 
