@@ -17,7 +17,8 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(self.width)(x)))
+        hidden = nn.gelu(nn.Dense(self.width)(x))  # the first to be made is Dense_0
+        return nn.Dense(x.shape[-1])(hidden)
 
 
 class Block(nn.Module):
