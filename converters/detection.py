@@ -90,6 +90,8 @@ def find_plan(
             return _only(closed, checkpoint)
     if inexpressible:
         raise inexpressible
+    if refused and asked != _Asked({}, None, Ways()):
+        raise refused  # it is the user's wish that does not fit
     if nearest:
         raise PlanError(str(diagnose(nearest[1], nearest[2], nearest[0])), file=checkpoint.path)
     raise refused or PlanError(

@@ -67,7 +67,7 @@ def test_a_worker_that_fails_is_one_line(tmp_path, code, words):
 
 
 def test_jobs_that_cannot_be_done(tmp_path):
-    assert "no runner is called 'tensorflow'; there are mmdet," in run(tmp_path, job={"runner": "tensorflow"})
+    assert "no runner is called 'caffe'; there are mmdet," in run(tmp_path, job={"runner": "caffe"})
     assert run(tmp_path, python="pyhton") == "pyhton: is no interpreter; give --python the path of one"
     (tmp_path / "notes.txt").write_text("text")
     (tmp_path / "notes.txt").chmod(0o755)
