@@ -189,7 +189,7 @@ def test_what_a_family_says_of_every_file(family, source):
     args = "target_args: {pad_type: same, bn_eps: 0.001}\ncaveat: mind the gap\n"
     plan = find_plan(source("keras/mobilenet_v2", "a classifier"), family=str(family(args + rules, KERAS).path))
     assert plan.caveats == ("mind the gap",) and plan.preprocess == {"mean": [0.4], "input_size": [3, 96, 96]}
-    assert [step.target.name for step in plan.steps if "BGR" in step.origin.ops.text] == ["conv_stem.weight"]
+    assert [step.target.name for step in plan.steps if "flip 1" in step.origin.ops.text] == ["conv_stem.weight"]
 
 
 @pytest.mark.parametrize(
