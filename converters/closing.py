@@ -90,8 +90,9 @@ def pose(mapping: Mapping, target: str, number: int, img_size: int | None, *, re
     except TargetError:
         return None
     config = skeleton.model.pretrained_cfg
-    asked = img_size if rebuilt or (reference.any_size and not config.get("fixed_input_size")) else None
-    own = mapping.preprocess.get("input_size", config["input_size"])
+    own = mapping.preprocess.get("input_size")  # a family that says its size is true at that
+    asked = img_size if rebuilt or not (own or config.get("fixed_input_size")) else None
+    own = own or config["input_size"]
     size = [own[0], asked, asked] if asked else list(own)
     block = fill_reference(reference, mapping, skeleton, size)
     parameters = sum(spec.numel for spec in skeleton.specs.values())
