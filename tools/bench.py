@@ -52,7 +52,7 @@ PLAN = """
 import time
 from pathlib import Path
 import timm, torch
-from converters import detection, mapping, plan, readers, target, tensors
+from converters import mapping, plan, routes, target, tensors
 torch.empty(1, device="meta")
 names = ["swin_tiny_patch4_window7_224"] + {targets!r}
 with torch.device("meta"):
@@ -64,11 +64,11 @@ for extra in range(400 - len(source)):
     source[f"optimizer_{{extra}}.step"] = tensors.TensorSpec(f"optimizer_{{extra}}.step", (), "float32")
 family = mapping.load_mapping({family!r})
 start = time.perf_counter()
-routes = plan.route(family, source)
+found = routes.route(family, source)
 closed = 0
 for name in family.targets:
-    read = plan.read_off(family, routes, target.traits_of(name))
-    closed += isinstance(plan.make_plan(family, routes, target.build_skeleton(name, read)), plan.Plan)
+    read = plan.read_off(family, found, target.traits_of(name))
+    closed += isinstance(plan.make_plan(family, found, target.build_skeleton(name, read)), plan.Plan)
 print(time.perf_counter() - start, len(source), len(family.targets), closed)
 """
 
