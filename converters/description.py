@@ -12,6 +12,7 @@ from typing import Any
 
 from converters.card import write_card
 from converters.detection import reference_of
+from converters.errors import CheckpointError
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings
 from converters.names import split
@@ -147,6 +148,8 @@ def _constant(value: dict[str, Any], plan: Plan, checkpoint: Checkpoint) -> Any:
     if unless and len(unless) == len(own) and (own - own.new_tensor(unless)).abs().max() < 1e-6:
         return unless
     (result,) = Pipeline.parse(value.get("ops", "")).run([own])
+    if not result.isfinite().all():
+        raise CheckpointError("is no constant of a preprocessing", file=checkpoint.path, tensor=name)
     return [round(one, 6) for one in result.tolist()]
 
 
