@@ -17,8 +17,6 @@ from typing import Any
 from converters import normalizers
 from converters.errors import TargetError
 from converters.folding import fold
-from converters.mapping import Drop
-from converters.names import Pattern
 from converters.ops import Op, Pipeline
 from converters.plan import Change, Origin, Plan, Step
 from converters.routes import Problem
@@ -72,19 +70,17 @@ def change(plan: Plan, sizes: Mapping[str, Any], ways: Ways) -> Plan:
     new = build_skeleton(old.architecture, {**old.args, **wanted, **trained})
     work = _Changing(old, new, ways, kept)
     steps = tuple(work.step(spec, one) for spec, one in _beside(new, plan))
-    used = {source for step in steps for source in step.origin.sources}
-    lost = {source for step in plan.steps for source in step.origin.sources} - used
-    removed = Drop(0, Pattern.parse("**"), "the classifier was removed on request")
+    drops = plan.drops_without(steps, "the classifier was removed on request")
     return replace(
         plan,
         skeleton=new,
         steps=steps,
-        drops={**plan.drops, **dict.fromkeys(sorted(lost), removed)},
+        drops=drops,
         unchanged=old,
         changes=(
             *plan.changes,
             *work.told(),
-            *[Change("the classifier was removed", inside=False)] * bool(lost),
+            *[Change("the classifier was removed", inside=False)] * (len(drops) > len(plan.drops)),
             *[Change("other windows, with coordinates scaled as in training", inside=True)] * bool(trained),
         ),
     )

@@ -10,14 +10,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from converters.errors import TargetError
-from converters.mapping import Drop
-from converters.names import Pattern
 from converters.plan import Change, Plan
 from converters.target import build_skeleton
 
 __all__ = ["only_features"]
-
-_REASON = "no feature needs it"
 
 
 def only_features(plan: Plan) -> Plan:
@@ -34,14 +30,11 @@ def only_features(plan: Plan) -> Plan:
     kept = tuple(
         replace(steps[own], target=replace(steps[own].target, name=name)) for name, own in found.items() if own
     )
-    used = {source for step in kept for source in step.origin.sources}
-    lost = {source for step in plan.steps for source in step.origin.sources} - used
-    drop = Drop(0, Pattern.parse("**"), _REASON)
     told = Change("the names are those of a features_only model; load them with load_state_dict", inside=True)
     return replace(
         plan,
         steps=kept,
-        drops={**plan.drops, **dict.fromkeys(sorted(lost), drop)},
+        drops=plan.drops_without(kept, "no feature needs it"),
         unchanged=plan.unchanged or skeleton,
         changes=(*plan.changes, told),
     )

@@ -6,14 +6,14 @@ routes to one target and returns a plan that closes, or every problem that keeps
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from converters.folding import fold
 from converters.mapping import Mapping
-from converters.names import Match, prefixes, split
+from converters.names import Match, Pattern, prefixes, split
 from converters.ops import IDENTITY, OpError, Pipeline
 from converters.routes import Existing, Homeless, Problem, Route, follow
 from converters.rows import Drop, Rule, most_specific
@@ -66,6 +66,12 @@ class Plan:
     changes: tuple[Change, ...] = ()
     preprocess: dict[str, Any] = field(default_factory=dict)  # the mapping's, and over it what the file says
     bgr: bool = False  # whether the first convolution was turned, since the source takes BGR images
+
+    def drops_without(self, steps: Iterable[Step], reason: str) -> dict[str, Drop]:
+        """Its drops, and for this reason the sources that are needed by its own steps and not by these."""
+        used = {source for step in steps for source in step.origin.sources}
+        lost = {source for step in self.steps for source in step.origin.sources} - used
+        return {**self.drops, **dict.fromkeys(sorted(lost), Drop(0, Pattern.parse("**"), reason))}
 
     @property
     def origins(self) -> dict[int, list[Step]]:
