@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from converters.calculations import constant
 from converters.errors import CheckpointError, OutputError, printable
 from converters.ops import OpError
 from converters.plan import Plan, Step
@@ -193,12 +194,9 @@ def _contents(
 
 def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> list[memoryview]:
     """The bytes of the steps that share one origin, in their order."""
-    import torch
-
     origin, wanted = steps[0].origin, [specs[step.target.name] for step in steps]
     if origin.fill is not None:
-        filled = [torch.full(step.target.shape, origin.fill, dtype=getattr(torch, step.target.dtype)) for step in steps]
-        return [from_torch(_cast(tensor, spec)) for tensor, spec in zip(filled, wanted, strict=True)]
+        return [from_torch(_cast(_filled(step), spec)) for step, spec in zip(steps, wanted, strict=True)]
     if source := _unchanged(steps, checkpoint, specs):
         return [source.read()]
     sources = [checkpoint.tensors[name] for name in origin.sources]
@@ -208,6 +206,17 @@ def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorS
     except OpError as error:
         raise OutputError(str(error), tensor=wanted[0].name) from error
     return [from_torch(_cast(results[step.part], spec)) for step, spec in zip(steps, wanted, strict=True)]
+
+
+def _filled(step: Step) -> Any:
+    """The tensor of a fill, in the target's dtype, or where it is computed in float64."""
+    import torch
+
+    assert step.origin.fill is not None
+    try:
+        return constant(step.origin.fill, step.target.shape, getattr(torch, step.target.dtype))
+    except ValueError as error:
+        raise OutputError(str(error), tensor=step.target.name) from error
 
 
 def _cast(tensor: Any, spec: TensorSpec) -> Any:

@@ -37,6 +37,10 @@ def counting(*shape: int) -> torch.Tensor:
         ("i o -> o i | cat 1", [(2, 3), (2, 3)], lambda x, y: [torch.cat([x.T, y.T], 1)]),
         ("zeros 1 | cat", [(2,), (2,)], lambda x, y: [torch.cat([x, torch.zeros(2), y])]),
         ("zeros 2", [(2,), (2,)], lambda x, y: [x, y, torch.zeros(2)]),
+        ("each", [(2, 3)], lambda x: [x[0], x[1]]),
+        ("each | i o -> o i", [(2, 3, 4)], lambda x: [x[0].T, x[1].T]),
+        ("each | cat 1", [(2, 3, 4), (2, 3, 5)], lambda x, y: [torch.cat([x[0], y[0]], 1), torch.cat([x[1], y[1]], 1)]),
+        ("flip | each | chunk", [(2, 4)], lambda x: [x[1, :2], x[1, 2:], x[0, :2], x[0, 2:]]),
         ("", [(2, 3), (4,)], lambda x, y: [x, y]),
     ],
 )
