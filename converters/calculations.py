@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FORMULAS", "add", "constant", "difference", "magnitude", "root", "scale", "std_eps", "total"]
+__all__ = ["FORMULAS", "add", "constant", "difference", "magnitude", "root", "scale", "standardize", "std_eps", "total"]
 
 Tensors = list["torch.Tensor"]
 
@@ -46,6 +46,16 @@ def add(tensors: Tensors, constant: float) -> Tensors:
 def scale(tensors: Tensors, constant: float) -> Tensors:
     """A constant times as much."""
     return [tensor * constant for tensor in tensors]
+
+
+def standardize(tensors: Tensors, eps: float) -> Tensors:
+    """Kernels (out, ...) without their mean, over the root of their variance + `eps`."""
+    kernels = [tensor.flatten(1) for tensor in tensors]
+    scales = [(k.var(1, correction=0, keepdim=True) + eps).sqrt() for k in kernels]
+    return [
+        ((k - k.mean(1, keepdim=True)) / scale).reshape(t.shape)
+        for k, scale, t in zip(kernels, scales, tensors, strict=True)
+    ]
 
 
 def std_eps(tensors: Tensors, source: float, target: float) -> Tensors:

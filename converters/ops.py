@@ -17,6 +17,8 @@ An op takes a list of tensors and gives a list. It is written as one of
     sqrt                            the square root of every element
     add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
     scale 0.5                       every element is multiplied
+    standardize 1e-10               a kernel, by output channels (axis 0), loses its mean and is divided by the root of its
+                                    variance + 1e-10: what a weight-standardised convolution makes of it
     std_eps 1e-5 1e-8               a kernel, by output channels (axis 0), is scaled so that to divide it by the root of
                                     its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
@@ -37,7 +39,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from converters.calculations import add, difference, magnitude, root, scale, std_eps, total
+from converters.calculations import add, difference, magnitude, root, scale, standardize, std_eps, total
 from converters.rearrangements import Rearrangement
 
 if TYPE_CHECKING:
@@ -299,5 +301,10 @@ def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
 _GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": magnitude, "sqrt": root, "sub": difference, "sum": total}
-_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": add, "scale": scale, "std_eps": std_eps}
-_CONSTANTS = {"add": 1, "scale": 1, "std_eps": 2}  # how many each takes
+_CONSTANT: dict[str, Callable[..., Tensors]] = {
+    "add": add,
+    "scale": scale,
+    "standardize": standardize,
+    "std_eps": std_eps,
+}
+_CONSTANTS = {"add": 1, "scale": 1, "standardize": 1, "std_eps": 2}  # how many each takes
