@@ -209,12 +209,11 @@ def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorS
 
 
 def _filled(step: Step) -> Any:
-    """The tensor of a fill, in the target's dtype, or where it is computed in float64."""
+    """The tensor of a fill."""
     import torch
 
-    assert step.origin.fill is not None
     try:
-        return constant(step.origin.fill, step.target.shape, getattr(torch, step.target.dtype))
+        return constant(step.origin.fill or 0, step.target.shape, getattr(torch, step.target.dtype))
     except ValueError as error:
         raise OutputError(str(error), tensor=step.target.name) from error
 

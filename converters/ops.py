@@ -17,8 +17,8 @@ An op takes a list of tensors and gives a list. It is written as one of
     sqrt                            the square root of every element
     add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
     scale 0.5                       every element is multiplied
-    standardize 1e-10               a kernel, by output channels (axis 0), loses its mean and is divided by the root of its
-                                    variance + 1e-10: what a weight-standardised convolution makes of it
+    standardize 1e-10               a kernel, by output channels (axis 0), loses its mean and is divided by the root of
+                                    its variance + 1e-10: what a weight-standardised convolution makes of it
     std_eps 1e-5 1e-8               a kernel, by output channels (axis 0), is scaled so that to divide it by the root of
                                     its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 

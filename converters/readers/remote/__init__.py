@@ -20,7 +20,16 @@ from converters.readers.remote.cache import Progress, keep
 from converters.readers.remote.ranges import Ranges, persist
 from converters.readers.remote.stores import Folder, find_store, without_secrets
 
-__all__ = ["FetchedFile", "RemoteBundle", "RemoteFile", "RemoteFolder", "RemotePath", "fetch", "fetch_path", "open_remote"]
+__all__ = [
+    "FetchedFile",
+    "RemoteBundle",
+    "RemoteFile",
+    "RemoteFolder",
+    "RemotePath",
+    "fetch",
+    "fetch_path",
+    "open_remote",
+]
 
 INDEX, DATA_FILE = ".index", re.compile(r"\.index|\.data-\d{5}-of-\d{5}")
 NO_RANGES = "the server reads no ranges, so the whole file was fetched"
@@ -151,7 +160,7 @@ class RemoteFolder:
         return self._url + url[len(self.url) :]
 
 
-class RemoteBundle(RemoteFolder):
+class _Bundle(RemoteFolder):
     """The files of a TensorFlow checkpoint, whose names its index tells: no folder is listed."""
 
     def files(self, url: str) -> frozenset[str]:
@@ -222,7 +231,7 @@ def _open(url: str, whole: bool = False, progress: Progress | None = None) -> Re
     if isinstance(store, Folder):
         folder = RemoteFolder(url, whole, progress)
         return RemotePath(folder.url, folder=folder)
-    beside = RemoteBundle(url.removesuffix(INDEX), whole, progress) if url.endswith(INDEX) else None
+    beside = _Bundle(url.removesuffix(INDEX), whole, progress) if url.endswith(INDEX) else None
     if store.by_range and not whole:
         return RemotePath(shown, Ranges(store, shown), folder=beside)
     return RemotePath(shown, local=keep(store, url, progress), note="" if whole else NO_RANGES, folder=beside)
