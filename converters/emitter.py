@@ -194,28 +194,21 @@ def _contents(
 
 def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> list[memoryview]:
     """The bytes of the steps that share one origin, in their order."""
+    import torch
+
     origin, wanted = steps[0].origin, [specs[step.target.name] for step in steps]
-    if origin.fill is not None:
-        return [from_torch(_cast(_filled(step), spec)) for step, spec in zip(steps, wanted, strict=True)]
     if source := _unchanged(steps, checkpoint, specs):
         return [source.read()]
     sources = [checkpoint.tensors[name] for name in origin.sources]
     tensors = [to_torch(source.read(), source.spec) for source in sources]
     try:
-        results = origin.ops.run(tensors, origin.parts)
-    except OpError as error:
+        if origin.fill is None:
+            results = origin.ops.run(tensors, origin.parts)
+        else:
+            results = [constant(origin.fill, steps[0].target.shape, getattr(torch, steps[0].target.dtype))]
+    except (OpError, ValueError) as error:
         raise OutputError(str(error), tensor=wanted[0].name) from error
     return [from_torch(_cast(results[step.part], spec)) for step, spec in zip(steps, wanted, strict=True)]
-
-
-def _filled(step: Step) -> Any:
-    """The tensor of a fill."""
-    import torch
-
-    try:
-        return constant(step.origin.fill or 0, step.target.shape, getattr(torch, step.target.dtype))
-    except ValueError as error:
-        raise OutputError(str(error), tensor=step.target.name) from error
 
 
 def _cast(tensor: Any, spec: TensorSpec) -> Any:

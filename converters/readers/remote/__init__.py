@@ -22,7 +22,6 @@ from converters.readers.remote.stores import Folder, find_store, without_secrets
 
 __all__ = [
     "FetchedFile",
-    "RemoteBundle",
     "RemoteFile",
     "RemoteFolder",
     "RemotePath",
