@@ -37,7 +37,8 @@ class Ways:
     resample: str = "timm"  # one of normalizers.WAYS
     classes: slice | tuple[int, ...] | None = None  # which of the source's classes are kept, in this order
     alpha: bool = False  # further input channels get no weight
-    fold: bool = False  # put mean and std into the first convolution
+    fold_normalization: bool = False  # put mean and std into the first convolution
+    fold_batch_norms: bool = False  # put their scales into the convolutions before them
     bgr: bool | None = None  # whether the source takes BGR images; None: what the file says
 
     def __post_init__(self) -> None:

@@ -77,13 +77,14 @@ def convert(
     checkpoint = open_checkpoint(_fetch(source, progress) if not dry_run or expect_sha256 else source, key=key, ema=ema)
     wanted = not dry_run or expect_sha256
     digest = _begin(checkpoint.sha256) if wanted else None  # while timm is imported
-    from converters.deployment import fuse_branches
+    from converters.deployment import fold_batch_norms, fuse_branches
     from converters.description import describe, write_description
     from converters.detection import find_plan
     from converters.emitter import new_folder, write_tensors
     from converters.features import only_features
 
     plan = find_plan(checkpoint, family=family, target=target, args=args, img_size=img_size, ways=ways)
+    plan = fold_batch_norms(plan) if ways and ways.fold_batch_norms else plan
     plan = {"model": lambda one: one, "features": only_features, "deployment": fuse_branches}[purpose](plan)
     record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema, license=license)
     if digest and expect_sha256 and expect_sha256.lower() != digest.result():

@@ -90,4 +90,4 @@ def test_a_padded_convolution_takes_no_mean(tmp_path: Path) -> None:
         convert(tmp_path / "source.pth", tmp_path / "out", ways=FOLD)
 
 
-FOLD = Ways(fold=True)
+FOLD = Ways(fold_normalization=True)

@@ -55,6 +55,9 @@ def convert(
     fold_normalization: Annotated[
         bool, typer.Option("--fold-normalization", help="Put mean and std into the first convolution.")
     ] = False,
+    fold_batch_norms: Annotated[
+        bool, typer.Option("--fold-batch-norms", help="Put their scales into the convolutions before them.")
+    ] = False,
     purpose: Annotated[
         str, typer.Option("--for", help="model; features: names of a features_only model; deployment: branches fused.")
     ] = "model",
@@ -86,7 +89,8 @@ def convert(
     if in_chans is not None:
         args["in_chans"] = channels(in_chans)
     kept = class_list(classes) if classes else None
-    ways = Ways(resample, kept, alpha=in_chans == "rgba", fold=fold_normalization, bgr=bgr)
+    alpha = in_chans == "rgba"
+    ways = Ways(resample, kept, alpha, fold_normalization, fold_batch_norms, bgr)
     with progress_bar("converting") as progress:
         conversion = convert_checkpoint(
             ckpt,
