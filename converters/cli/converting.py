@@ -69,6 +69,9 @@ def convert(
     allow_deviation: Annotated[
         bool, typer.Option("--allow-deviation", help="Accept what timm computes only nearly, as the mapping declares.")
     ] = False,
+    allow_nan: Annotated[
+        bool, typer.Option("--allow-nan", help="Accept weights that are NaN or infinite, and variances below zero.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write timm-native weights."""
@@ -109,6 +112,7 @@ def convert(
             dry_run=dry_run,
             overwrite=overwrite,
             allow_deviation=allow_deviation,
+            allow_nan=allow_nan,
             progress=progress,
         )
     if as_json:
