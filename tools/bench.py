@@ -6,7 +6,7 @@
     start    `timmport --help`, and what `import converters` loads
     plan     planning a 400-tensor checkpoint over 10 candidate targets
     inspect  the bytes that a look at the 2.5 GB checkpoint of `convert` reads
-    read     every tensor of 1 GB, as a torch zip and as safetensors, beside `cat FILE > /dev/null` (imports are not counted)
+    read     every tensor of 1 GB, as a torch zip and as safetensors, beside `cat FILE > /dev/null`, without imports
     convert  a 2.5 GB DDP-prefixed float32 ViT-H beside `cp` + `import timm`, timm's own route and torch's
 
 Times are the best of several runs, and only their ratios mean anything: machines are noisy.
