@@ -21,7 +21,7 @@ from converters.ops import Op, Pipeline
 from converters.plan import Change, Origin, Plan, Step
 from converters.routes import Problem
 from converters.target import Skeleton, build_skeleton, traits_of
-from converters.tensors import TensorSpec
+from converters.tensors import TensorSpec, size_of
 
 __all__ = ["SIZES", "Ways", "change", "own_sizes", "takes", "trained_windows"]
 
@@ -124,7 +124,7 @@ class _Changing:
             return Step(target, step.origin)
         op = self.normalizer(spec, step.target.shape)
         if op is None or step.origin.parts > 1:
-            shapes = f"{_x(step.target.shape)} to {_x(spec.shape)}"
+            shapes = f"{size_of(step.target.shape)} to {size_of(spec.shape)}"
             raise TargetError(f"nothing brings timm's {spec.name} from {shapes}", cure="change less")
         self.made.setdefault(op.text, []).append(spec.name)
         return Step(target, replace(step.origin, ops=step.origin.ops + Pipeline((op,))))
@@ -279,7 +279,3 @@ def _cells(window: Size) -> int:
 
 def _or(words: Iterable[str]) -> str:
     return " or ".join(words)
-
-
-def _x(shape: Shape) -> str:
-    return "x".join(map(str, shape)) or "a scalar"

@@ -103,7 +103,7 @@ def _scaled(model: torch.nn.Module, convolution: str, norm: str, steps: Mapping[
     """The steps of a convolution that scales and of a norm that only adds."""
     import torch
 
-    eps: float = model.get_submodule(norm).eps
+    eps = float(model.get_submodule(norm).eps)  # type: ignore[arg-type]
     inside = [steps[f"{norm}.{leaf}"] for leaf in ("weight", "bias", "running_mean", "running_var")]
     kernels = [step for leaf in ("weight", "bias") if (step := steps.get(f"{convolution}.{leaf}"))]
 
