@@ -132,7 +132,8 @@ def _alike(checkpoint: Checkpoint) -> list[Family]:
     shares: list[tuple[float, str]] = []
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
-        parts = [replace(signature, detect=(patterns,)) for patterns in signature.detect]
+        there = [signs for signs in signature.detect if not all(sign.absent for sign in signs)]
+        parts = [replace(signature, detect=(signs,)) for signs in there]
         shares.append((sum(part.applies(checkpoint.specs) for part in parts) / max(len(parts), 1), name))
     ranked = (load_mapping(name) for share, name in sorted(shares, reverse=True) if share)
     families = list(islice((mapping for mapping in ranked if not mapping.any_target), _ALIKE))

@@ -86,7 +86,7 @@ def test_the_nearest_family_is_named(source, change, target, problems):
     tensors = {name.replace(*change): tensor for name, tensor in checkpoint.tensors.items()}
     renamed = made_of({name: replace(tensor.spec, name=name) for name, tensor in tensors.items()})
     assert find_nearest(renamed) == Nearest("mmlab/swin", target, problems)
-    few = {name: TensorSpec(name, (3,), "float32") for name in ("a.gamma", "b.gamma", "head.bias")}
+    few = {name: TensorSpec(name, (3,), "float32") for name in ("a.gamma", "c.gamma", "head.bias")}
     assert find_nearest(made_of(few)) is None
 
 
@@ -204,6 +204,24 @@ def test_what_a_family_says_of_every_file(family, source):
 def test_keras_models_that_timm_cannot_express(specs, names, reason):
     with pytest.raises(NotExpressible, match=reason):
         find_plan(made_of(specs(names)))
+
+
+@pytest.mark.parametrize("width", [192, 64])
+def test_a_refusal_of_the_logits_alone(source, specs, width):
+    """Without its classifier the source may be had, whatever shape the classifier has."""
+    found = source("jax/vision_transformer", "flax, vit_tiny_patch16_224")
+    representation = f"pre_logits/kernel=192x{width} pre_logits/bias={width} head/kernel={width}x10"
+    checkpoint = made_of({**found.specs, **specs(representation)})
+    with pytest.raises(NotExpressible, match=r"a tanh .*; pass --num-classes 0 to have it without its classifier"):
+        find_plan(checkpoint, args={"num_classes": 7})
+    plan = find_plan(checkpoint, args={"num_classes": 0})
+    removed, gone = "the classifier was removed on request", "the representation layer, which goes with the classifier"
+    assert {name: drop.reason for name, drop in plan.drops.items()} == {
+        **{f"head/{leaf}": removed for leaf in ("kernel", "bias")},
+        **{f"pre_logits/{leaf}": gone for leaf in ("kernel", "bias")},
+    }
+    assert [change.text for change in plan.changes] == ["the classifier was removed"]
+    assert (plan.skeleton.model.num_classes, plan.unchanged.model.num_classes) == (0, 10)
 
 
 def test_a_family_without_targets_is_refused(family, specs):

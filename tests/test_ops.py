@@ -141,6 +141,19 @@ def test_std_eps_makes_one_standardisation_another():
     torch.testing.assert_close((scaled - mean) / (variance + 1e-8).sqrt(), wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_standardised_kernel():
+    kernel = torch.randn(5, 4, 3, 3)
+    (found,) = Pipeline.parse("standardize 1e-3").run([kernel])
+    variance, mean = torch.var_mean(kernel.double(), (1, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(found, (kernel - mean) / (variance + 1e-3).sqrt(), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(("shapes", "parts"), [([(2, 3)], 3), ([(0, 3)], 1), ([(2, 3), (3, 3)], 2), ([()], 1)])
+def test_stacks_that_do_not_fit(shapes, parts):
+    with pytest.raises(OpError, match=r"`each \| cat` does not take"):
+        Pipeline.parse("each | cat").shapes(shapes, parts)
+
+
 def test_named_ops():
     pipeline = Pipeline.parse("turn | flip", {"turn": "i o -> o i | flip 1"})
     assert pipeline.text == "i o -> o i | flip 1 | flip"
