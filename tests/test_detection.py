@@ -13,6 +13,7 @@ from converters.detection import Nearest, applying_families, find_nearest, find_
 from converters.errors import ConverterError, MappingError, NotExpressible, PlanError, TargetError
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.readers import Checkpoint
+from converters.readers.jax.trees import arrange
 from converters.routes import route
 from converters.target import build_skeleton
 from converters.tensors import LazyTensor, TensorSpec
@@ -177,6 +178,22 @@ def test_refusals(source, metadata, outcome):
         with pytest.raises(NotExpressible) as caught:
             find_plan(checkpoint)
         assert str(caught.value).startswith(f"source.pth: is of mmlab/resnet, but timm cannot compute it: {outcome}")
+
+
+TRAINING_STATES = ("params/{} opt/0/mu/w step", "opt/target/{} opt/state/step extra/time", "target/{} state/step")
+
+
+@pytest.mark.parametrize("state", TRAINING_STATES)
+@pytest.mark.parametrize("family", [name for name in find_mappings() if name.startswith("jax/")])
+def test_training_states_of_jax(source, family, state):
+    """The weights of a family are found whatever the state that they lie in."""
+    title = next(iter(json.loads((PLANS / f"{family}.specs.json").read_text())))
+    bare = source(family, title)
+    weights, *others = state.split()
+    tensors = {weights.format(name): tensor for name, tensor in bare.tensors.items()}
+    found = arrange(tensors | {name: LazyTensor(TensorSpec(name, (), "float32"), unread) for name in others})
+    specs = {name: replace(tensor.spec, name=name) for name, tensor in found.tree.items()}
+    assert find_plan(made_of(specs)).skeleton == find_plan(bare).skeleton
 
 
 KERAS = "targets: {mobilenetv2_035: {grey: [0.4]}}\ndetect: [Conv1]\nleaves: keras\n"
