@@ -87,7 +87,7 @@ def change(plan: Plan, sizes: Mapping[str, Any], ways: Ways) -> Plan:
 def remove_classifier(plan: Plan, source: Mapping[str, Any]) -> Plan:
     """A plan that was made without the classifier, as a change of the source's model, which has these arguments."""
     whole = plan.unchanged or plan.skeleton
-    args = {key: value for key, value in whole.args.items() if key != "num_classes"} | source
+    args = {**{key: value for key, value in whole.args.items() if key != "num_classes"}, **source}
     told = Change("the classifier was removed", inside=False)
     return replace(plan, unchanged=build_skeleton(whole.architecture, args), changes=(*plan.changes, told))
 
