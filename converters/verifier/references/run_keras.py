@@ -1,8 +1,9 @@
 """Reference runner for Keras applications, and for saved models of the user's own.
 
-`model` is {"application": NAME, "args": {...}}: a constructor of keras.applications and its arguments. The model is
-built from that code and filled by its own `load_weights`, which reads no config, or by TensorFlow's `read`. Or it
-is {"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
+`model` is {"application": NAME, "args": {...}, "rename": {...}}: a constructor of keras.applications, its arguments,
+and how another release calls its layers, as patterns of `re` and what stands in their place. The model is built from
+that code and filled by its own `load_weights`, which reads no config, or by TensorFlow's `read`. Or it is
+{"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
 without it an application stands in, if one is named too.
 It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import numpy as np
@@ -188,9 +189,13 @@ def construct(job: Mapping[str, Any]) -> Any:
 
 
 def build_model(config: Mapping[str, Any], precision: str) -> Any:
-    """The application as its constructor leaves it."""
+    """The application as its constructor leaves it, with the names that are asked for."""
     keras = _keras(precision)
-    return getattr(keras.applications, config["application"])(**{"weights": None, **config.get("args", {})})
+    model = getattr(keras.applications, config["application"])(**{"weights": None, **config.get("args", {})})
+    for layer in model.layers:
+        for pattern, name in config.get("rename", {}).items():
+            layer.name = re.sub(pattern, name, layer.name)
+    return model
 
 
 def _restored(config: Mapping[str, Any], path: str) -> list[np.ndarray]:
@@ -244,10 +249,21 @@ def _keras(precision: str) -> Any:
 
     if precision == "float64" and keras.backend.backend() != "tensorflow":
         raise TypeError(f"Keras on {keras.backend.backend()} computes parts of it in float32")
+    if keras.backend.backend() == "tensorflow":
+        _keep_digits()
     keras.utils.clear_session()  # layers are numbered by how many came before
     keras.config.set_floatx(precision)
     keras.config.set_dtype_policy(precision)
     return keras
+
+
+@lru_cache(maxsize=1)
+def _keep_digits() -> None:
+    """From here on TensorFlow makes a float64 of Python's numbers at once, not by way of float32 as its GELU has it."""
+    from tensorflow.python.ops import math_ops
+
+    cast = math_ops.cast
+    math_ops.cast = lambda x, *args, **kwargs: cast(np.float64(x) if isinstance(x, float) else x, *args, **kwargs)
 
 
 def _backend() -> str:

@@ -5,19 +5,22 @@
 graph and gives its logits, alone or before a table of endpoints; an argument {"attribute": NAME} is what the module
 has by that name. `scope` is a function of the module that gives the arg_scope to call it in. `training` is the
 argument, where either is given it, that says whether batch norms take statistics ("is_training"). A checkpoint is what
-a Saver wrote, by its prefix.
+a Saver wrote, by its prefix. In float64 the module's constants are too, even those that its code makes np.float32.
 Outputs: "0" or "logits", or the name of an endpoint; of one pixel each, as a vector.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
 import re
 import sys
+import types
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from named_arrays import NamedArrays
@@ -111,7 +114,7 @@ class TensorFlowGraph(NamedArrays):
             table.update({switch: training} if switch in table else {})
         factory = getattr(module, self.model["factory"])
         graph = tf.Graph()
-        with graph.as_default():
+        with graph.as_default(), _constants(module, self.precision):
             tf.compat.v1.set_random_seed(0)
             images = tf.compat.v1.placeholder(self.precision, (None, *size))
             if "scope" in self.model:
@@ -153,6 +156,12 @@ def _tensorflow() -> Any:
 def _named(value: Any, module: Any) -> Any:
     """An argument; {"attribute": NAME} is what the module has by that name."""
     return getattr(module, value["attribute"]) if isinstance(value, dict) and value.keys() == {"attribute"} else value
+
+
+def _constants(module: Any, precision: str) -> Any:
+    """The while that np.float32 is this precision in a module's own code, if that imports numpy so."""
+    numpy = types.SimpleNamespace(**{**vars(np), "float32": np.dtype(precision).type})
+    return mock.patch.object(module, "np", numpy) if hasattr(module, "np") else contextlib.nullcontext()
 
 
 def _variable(tensor: Any) -> str:
