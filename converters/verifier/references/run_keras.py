@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import lru_cache, partial, wraps
 from typing import Any
 
@@ -192,9 +193,10 @@ def build_model(config: Mapping[str, Any], precision: str) -> Any:
     """The application as its constructor leaves it, with the names that are asked for."""
     keras = _keras(precision)
     model = getattr(keras.applications, config["application"])(**{"weights": None, **config.get("args", {})})
-    for layer in model.layers:
-        for pattern, name in config.get("rename", {}).items():
+    for layer in model.layers if "rename" in config else ():
+        for pattern, name in config["rename"].items():
             layer.name = re.sub(pattern, name, layer.name)
+        object.__setattr__(layer, "_open_name_scope", nullcontext)  # which takes no `/`, as older releases did
     return model
 
 
@@ -250,7 +252,7 @@ def _keras(precision: str) -> Any:
     if precision == "float64" and keras.backend.backend() != "tensorflow":
         raise TypeError(f"Keras on {keras.backend.backend()} computes parts of it in float32")
     if keras.backend.backend() == "tensorflow":
-        _keep_digits()
+        _set_up_tensorflow()
     keras.utils.clear_session()  # layers are numbered by how many came before
     keras.config.set_floatx(precision)
     keras.config.set_dtype_policy(precision)
@@ -258,12 +260,17 @@ def _keras(precision: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _keep_digits() -> None:
-    """From here on TensorFlow makes a float64 of Python's numbers at once, not by way of float32 as its GELU has it."""
+def _set_up_tensorflow() -> None:
+    """For exactness: Python's numbers become float64 at once, and not by way of float32, as its GELU has it.
+
+    For speed: functions run as they are; XLA would compile each convolution in groups, time and again.
+    """
+    import tensorflow as tf
     from tensorflow.python.ops import math_ops
 
     cast = math_ops.cast
     math_ops.cast = lambda x, *args, **kwargs: cast(np.float64(x) if isinstance(x, float) else x, *args, **kwargs)
+    tf.config.run_functions_eagerly(True)
 
 
 def _backend() -> str:

@@ -5,7 +5,7 @@
 graph and gives its logits, alone or before a table of endpoints; an argument {"attribute": NAME} is what the module
 has by that name. `scope` is a function of the module that gives the arg_scope to call it in. `training` is the
 argument, where either is given it, that says whether batch norms take statistics ("is_training"). A checkpoint is what
-a Saver wrote, by its prefix. In float64 the module's constants are too, even those that its code makes np.float32.
+a Saver wrote, by its prefix.
 Outputs: "0" or "logits", or the name of an endpoint; of one pixel each, as a vector.
 """
 
@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -59,25 +59,26 @@ class TensorFlowGraph(NamedArrays):
 
     def __init__(self, model: Mapping[str, Any], precision: str) -> None:
         self.model, self.precision = model, precision
-        self.sessions: dict[Any, Any] = {}  # by the size of an input
-        _, _, _, variables = self._graph(model.get("size", SIZE), training=False)
+        self.sessions: dict[Any, Any] = {}  # by the shape of an input
+        _, _, _, variables = self._graph((1, *model.get("size", SIZE)), training=False)
         self.shapes = {name: tuple(variable.shape.as_list()) for name, variable in variables.items()}
 
     def run(self, arrays: Mapping[str, np.ndarray], x: np.ndarray, outputs: Any) -> dict[str, np.ndarray]:
         """The outputs of a batch, NCHW."""
-        size = *x.shape[2:], x.shape[1]
-        if size not in self.sessions:
-            graph, images, given, variables = self._graph(size, training=False)
-            self.sessions[size] = self._session(graph, variables, arrays), images, given
-        session, images, given = self.sessions[size]
+        x = x.transpose(0, 2, 3, 1)
+        if x.shape not in self.sessions:
+            graph, images, given, variables = self._graph(x.shape, training=False)
+            self.sessions[x.shape] = self._session(graph, variables, arrays), images, given
+        session, images, given = self.sessions[x.shape]
         logits, endpoints = given if isinstance(given, tuple) else (given, {})
         wanted = {name: {"0": logits, "logits": logits, **endpoints}[name] for name in outputs}
-        found = session.run(wanted, {images: x.transpose(0, 2, 3, 1)})
+        found = session.run(wanted, {images: x})
         return {name: a.reshape(a.shape[0], -1) if a.shape[1:-1] == (1, 1) else a for name, a in found.items()}
 
     def statistics(self, arrays: Mapping[str, np.ndarray], batch: np.ndarray) -> dict[str, np.ndarray]:
         """What every batch norm sees while the graph trains."""
-        graph, images, _, variables = self._graph((*batch.shape[2:], batch.shape[1]), training=True)
+        batch = batch.transpose(0, 2, 3, 1)
+        graph, images, _, variables = self._graph(batch.shape, training=True)
         wanted = {}
         for operation in graph.get_operations():
             if FUSED.fullmatch(operation.type):
@@ -86,7 +87,7 @@ class TensorFlowGraph(NamedArrays):
                     there = [f"{owner}/{name}" for owner in owners if f"{owner}/{name}" in variables]
                     wanted.update(dict.fromkeys(there, operation.outputs[output]))
         session = self._session(graph, variables, arrays)
-        found: dict[str, np.ndarray] = session.run(wanted, {images: batch.transpose(0, 2, 3, 1)})
+        found: dict[str, np.ndarray] = session.run(wanted, {images: batch})
         return found
 
     def save(self, arrays: Mapping[str, np.ndarray], path: str) -> None:
@@ -103,8 +104,8 @@ class TensorFlowGraph(NamedArrays):
             session.run(tf.compat.v1.global_variables_initializer())
             tf.compat.v1.train.Saver(named).save(session, path, write_meta_graph=False, write_state=False)
 
-    def _graph(self, size: Any, training: bool) -> Any:
-        """A graph, its input, what the factory gives, and the variables by their names."""
+    def _graph(self, shape: Any, training: bool) -> Any:
+        """A graph for a batch of this shape, its input, what the factory gives, and the variables by their names."""
         tf = _tensorflow()
         module: Any = importlib.import_module(self.model["module"])
         args, scope_args = dict(self.model.get("args", {})), dict(self.model.get("scope_args", {}))
@@ -114,9 +115,9 @@ class TensorFlowGraph(NamedArrays):
             table.update({switch: training} if switch in table else {})
         factory = getattr(module, self.model["factory"])
         graph = tf.Graph()
-        with graph.as_default(), _constants(module, self.precision):
+        with graph.as_default(), _in_precision(module, self.precision):
             tf.compat.v1.set_random_seed(0)
-            images = tf.compat.v1.placeholder(self.precision, (None, *size))
+            images = tf.compat.v1.placeholder(self.precision, shape)
             if "scope" in self.model:
                 import tf_slim
 
@@ -158,10 +159,23 @@ def _named(value: Any, module: Any) -> Any:
     return getattr(module, value["attribute"]) if isinstance(value, dict) and value.keys() == {"attribute"} else value
 
 
-def _constants(module: Any, precision: str) -> Any:
-    """The while that np.float32 is this precision in a module's own code, if that imports numpy so."""
-    numpy = types.SimpleNamespace(**{**vars(np), "float32": np.dtype(precision).type})
-    return mock.patch.object(module, "np", numpy) if hasattr(module, "np") else contextlib.nullcontext()
+@contextlib.contextmanager
+def _in_precision(module: Any, precision: str) -> Iterator[None]:
+    """In float64 so is, for the while, what its code has in float32: np.float32, and the fused kernel of a norm."""
+    if precision == "float32":
+        yield
+        return
+    tf = _tensorflow()
+    numpy = types.SimpleNamespace(**{**vars(np), "float32": np.float64})
+
+    def normalize(x: Any, scale: Any, offset: Any, mean: Any, variance: Any, epsilon: float, **_settings: Any) -> Any:
+        return tf.nn.batch_normalization(x, mean, variance, offset, scale, epsilon), mean, variance
+
+    with contextlib.ExitStack() as patched:
+        if hasattr(module, "np"):
+            patched.enter_context(mock.patch.object(module, "np", numpy))
+        patched.enter_context(mock.patch.object(tf.compat.v1.nn, "fused_batch_norm", normalize))
+        yield
 
 
 def _variable(tensor: Any) -> str:
