@@ -62,10 +62,10 @@ def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
 
 
 class Modules:
-    """A model's layers; see torch_modules.py. An activation of four axes is given as NCHW."""
+    """A model's layers, their names with dots; see torch_modules.py. An activation of four axes is given as NCHW."""
 
     def __init__(self, model: Any, run: Callable[[np.ndarray], Any]) -> None:
-        self.model, self.run, self.layers = model, run, {layer.name: layer for layer in _layers(model)}
+        self.model, self.run, self.layers = model, run, {_dotted(layer.name): layer for layer in _layers(model)}
 
     def find(self, name: str) -> Any:
         """The layer of that name, or None."""
@@ -100,10 +100,10 @@ class Modules:
     def describe(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What each of these layers declares, under torch's names."""
         found = {}
-        for layer in (self.layers[name] for name in names if name in self.layers):
+        for name, layer in ((name, self.layers[name]) for name in names if name in self.layers):
             values = {ours: getattr(layer, own, None) for own, ours in DECLARED.items()}
-            plain = {name: _plain(value) for name, value in values.items() if value is not None}
-            found[layer.name] = {"kind": type(layer).__name__, **plain}
+            plain = {ours: _plain(value) for ours, value in values.items() if value is not None}
+            found[name] = {"kind": type(layer).__name__, **plain}
         return found
 
 
@@ -125,6 +125,10 @@ def behind_preprocessing(model: Any, outputs: Any) -> Any:
     return keras.Model(entry, outputs)
 
 
+def _dotted(name: str) -> str:
+    return name.replace("/", ".")
+
+
 def _layers(model: Any) -> Iterator[Any]:
     """The layers, and those of models among them."""
     for layer in model.layers:
@@ -134,7 +138,7 @@ def _layers(model: Any) -> Iterator[Any]:
 
 def _behind(model: Any, name: str) -> Any:
     """The first layer that takes what the layer of that name gives, and nothing else."""
-    given = next((layer.output for layer in model.layers if layer.name == name), None)
+    given = next((layer.output for layer in model.layers if _dotted(layer.name) == _dotted(name)), None)
     takers = (layer for layer in model.layers if given is not None and getattr(layer, "input", None) is given)
     return next(takers, None)
 

@@ -99,9 +99,10 @@ class TensorFlowGraph(NamedArrays):
                 kinds = {"": np.full_like(array, 7), AVERAGE: array, "RMSProp": np.ones_like(array)}
                 found.update({f"{name}/{kind}".rstrip("/"): value for kind, value in kinds.items()})
             found["global_step"] = np.int64(350)
-            variables = [tf.compat.v1.Variable(value, name=name, use_resource=False) for name, value in found.items()]
-            named = {variable.op.name: variable for variable in variables}
-            session.run(tf.compat.v1.global_variables_initializer())
+            given = {name: tf.compat.v1.placeholder(value.dtype, value.shape) for name, value in found.items()}
+            named = {name: tf.compat.v1.Variable(one, name=name, use_resource=False) for name, one in given.items()}
+            initializer = tf.compat.v1.global_variables_initializer()
+            session.run(initializer, {one: found[name] for name, one in given.items()})
             tf.compat.v1.train.Saver(named).save(session, path, write_meta_graph=False, write_state=False)
 
     def _graph(self, shape: Any, training: bool) -> Any:
