@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from converters.verifier.worker import Workers
 COVERAGE = Path(__file__).parents[2] / "tools" / "coverage"
 GOOD = {"exact", "nearly", "closes", "refused", "no reference"}
 pytestmark = pytest.mark.alone
-
-
-@pytest.fixture(scope="session")
-def workers() -> Iterator[Workers]:
-    with Workers() as kept:
-        yield kept
 
 
 @pytest.mark.parametrize("family", find_mappings())
