@@ -552,6 +552,17 @@ def test_a_tensorflow_checkpoint_is_read_by_what_its_index_names(
     assert not {path for path, _ in memory.read} & {"/org/tf/model.ckpt.meta"}
 
 
+def test_a_saved_model_is_a_folder(memory: Memory, tmp_path: Path) -> None:
+    data = bytes(range(24))
+    (tmp_path / "variables").mkdir()
+    write.bundle(tmp_path / "variables" / "variables", {b"": write.header(), b"w": write.entry(data, (2, 3))}, data)
+    for path in (tmp_path / "variables").iterdir():
+        memory.pipe(f"/org/saved/variables/{path.name}", path.read_bytes())
+    found, local = open_checkpoint("memory://org/saved"), open_checkpoint(tmp_path)
+    assert (found.format, found.specs, found.sha256()) == (local.format, local.specs, local.sha256())
+    assert found.tensors["w"].read() == data
+
+
 def test_a_repository_of_the_hub_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """As huggingface_hub's own file system sees it, with the Hub's answers made up."""
     from huggingface_hub import HfApi, hf_file_system
