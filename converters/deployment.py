@@ -116,7 +116,7 @@ def _scaled(model: torch.nn.Module, convolution: str, norm: str, steps: Mapping[
         return [beta - mean * scale, *(one * scale.reshape(-1, *[1] * (one.dim() - 1)) for one in scaled)]
 
     sources = tuple(source for step in (*inside, *kernels) for source in step.origin.sources)
-    op = Op(f"fold {norm} into {convolution}", run, None)
+    op = Op("fold a batch norm", run, None)
     origin = Origin(sources, Pipeline((op,)), kernels[0].origin.rule, parts=1 + len(kernels))
     yield from (Step(step.target, origin, part) for part, step in enumerate((inside[1], *kernels)))
     for step, value in ((inside[0], 1.0), (inside[2], 0.0), (inside[3], 1 - eps)):
@@ -147,7 +147,7 @@ def _fused(name: str, block: torch.nn.Module, inside: Sequence[Step]) -> list[St
         result = _fuse(whole.eval()).state_dict()
         return [result[leaf].to(tensors[0].dtype) for leaf in after]
 
-    op = Op(f"fuse the branches of {name}", run, None)
+    op = Op("fuse branches", run, None)
     flat = tuple(source for one in sources for source in one)
     rule = next((step.origin.rule for step in inside if step.origin.rule), None)
     origin = Origin(flat, Pipeline((op,)), rule, parts=len(after))
