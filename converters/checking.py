@@ -15,8 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy
+
 from converters.closing import Closing, Question, Unbuilt, ask, build, close, place_of, pose, unaided
 from converters.conversion import convert
+from converters.dropped import known_values
 from converters.errors import ConverterError, MappingError
 from converters.lint import Finding, lint_closings, lint_file
 from converters.mapping import Mapping, load_mapping
@@ -214,12 +217,18 @@ def _compare(
     source, out = folder / f"source{SUFFIXES.get(block['runner'], '.pth')}", folder / "converted"
     model = {key: block[key] for key in ("runner", "model")}
     job = {"task": "write_weights", **model, "out": str(source), "prefix": closing.prefix, "training": True}
+    job["input"] = [BATCH, *question.size]
     try:
-        run_task({**job, "input": [BATCH, *question.size]}, **ways)
+        run_task(job, **ways)
         how: dict[str, Any] = {"family": unaided(mapping)}
         if question.rebuilt:  # such shapes may be another target's
             how = {"family": mapping.name, "target": question.target}
-        done = convert(source, out, **how, img_size=question.img_size, overwrite=True, allow_deviation=True)
+        how["img_size"] = question.img_size
+        planned = convert(source, out, **how, dry_run=True)
+        if known := dict(known_values(planned.plan, planned.checkpoint)):
+            numpy.savez(folder / "known.npz", **known)
+            run_task({**job, "known": str(folder / "known.npz")}, **ways)
+        done = convert(source, out, **how, overwrite=True, allow_deviation=True)
         return route(mapping, done.checkpoint.specs), verify(out, source, mutants=True, quick=True, **ways)
     finally:
         source.unlink(missing_ok=True)

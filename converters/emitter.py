@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError, OutputError, printable
+from converters.dropped import check_dropped
+from converters.errors import OutputError, printable
 from converters.ops import OpError
 from converters.plan import Plan, Step
 from converters.readers import Checkpoint
-from converters.target import compute_buffers
 from converters.tensors import DTYPES, LazyTensor, TensorSpec, from_torch, to_torch
 
 __all__ = ["OUTPUT_FILES", "new_folder", "write_tensors"]
@@ -99,7 +99,7 @@ def write_tensors(
                     progress(done, total)
     finally:
         os.close(file)
-    _check_dropped(plan, checkpoint)
+    check_dropped(plan, checkpoint)
     for source in checkpoint.files:
         source.check_unchanged()
     _read_back(path, specs)
@@ -124,26 +124,6 @@ def _flush_behind(file: int) -> Iterator[Callable[[int], None]]:
 
         yield advance
         last.result()
-
-
-def _check_dropped(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Sources that may be dropped only while they are zero, or what timm computes."""
-    held = {name: drop for name, drop in plan.drops.items() if drop.zeros or drop.buffer}
-    own = plan.unchanged or plan.skeleton  # the user may have asked for other sizes
-    buffers = compute_buffers(own) if any(drop.buffer for drop in held.values()) else {}
-    for name, drop in held.items():
-        tensor = checkpoint.tensors[name]
-        values = to_torch(tensor.read(), tensor.spec)
-        if drop.zeros and values.count_nonzero():
-            reason = f"is not zero, and can be dropped only as zeros: {drop.reason}"
-            raise CheckpointError(reason, file=checkpoint.path, tensor=name)
-        match = drop.pattern.match(plan.mapping.stripped(name))
-        if drop.buffer and match:
-            (place,) = drop.buffer.render(match.captures)
-            if not values.double().allclose(buffers[place].double(), rtol=0, atol=1e-5):  # sums in another order
-                reason = f"is not what {own.architecture} computes for itself: {drop.reason}"
-                cure = "name another model with --to, or arguments of this one with --arg"
-                raise CheckpointError(reason, file=checkpoint.path, tensor=name, cure=cure)
 
 
 def _divide(

@@ -82,7 +82,9 @@ class DropFile(_Strict):
     """A source that may be dropped only if its values are what its place in timm would have."""
 
     reason: Annotated[str, _SOME]
-    only: Annotated[str, _SOME]  # "zeros", or the name of timm's own buffer
+    only: Annotated[
+        str, _SOME
+    ]  # "zeros", or timm's own buffer, and ops that lay it out or give each word on the left its part
 
 
 class FillFile(_Strict):

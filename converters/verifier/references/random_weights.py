@@ -29,6 +29,7 @@ def write_weights(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> 
     seed       0
     input      shape of the calibration batch, NCHW; [8, 3, 64, 64], or what a Keras model asks for
     prefix     where the model lies in a larger one, whose other parts are added
+    known      an .npz of the tensors that are not random
     training   true adds what a training run leaves beside the weights: logs, schedules, weights without EMA
     """
     model = find_runner(job["runner"]).construct(job)
@@ -52,6 +53,7 @@ def surround(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _write_torch(model: Any, job: Mapping[str, Any]) -> None:
+    import numpy as np
     import torch
 
     torch.manual_seed(job.get("seed", 0))
@@ -61,6 +63,9 @@ def _write_torch(model: Any, job: Mapping[str, Any]) -> None:
                 value.copy_(_draw(name, value, "Embedding" in type(module).__name__))
         _calibrate(model, torch.randn(job.get("input", [8, 3, 64, 64])))
     state = surround(model.state_dict(), job.get("prefix", ""))
+    if "known" in job:
+        with np.load(job["known"], allow_pickle=False) as known:
+            state.update({name: torch.from_numpy(known[name]) for name in known.files})
     if job["runner"].startswith("mm"):
         _save_mmlab(state, job)
     elif hasattr(model, "save_pretrained"):
