@@ -16,10 +16,19 @@ from typing import Any
 
 __all__ = ["AROUND", "save_pretrained", "surround", "write_weights"]
 
-AROUND = {  # of a detector
-    "neck.lateral_convs.0.conv.weight": (256, 64, 1, 1),
-    "neck.lateral_convs.0.conv.bias": (256,),
-    "bbox_head.fc_cls.weight": (81, 1024),
+AROUND = {  # what else there is, by the place of the model in the whole
+    "backbone.": {  # of a detector
+        "neck.lateral_convs.0.conv.weight": (256, 64, 1, 1),
+        "neck.lateral_convs.0.conv.bias": (256,),
+        "bbox_head.fc_cls.weight": (81, 1024),
+    },
+    "visual.": {  # of a zero-shot classifier
+        "token_embedding.weight": (49408, 512),
+        "transformer.resblocks.0.ln_1.weight": (512,),
+        "visual_proj.proj": (768, 512),
+        "logit_scale": (),
+    },
+    "vision_backbone.": {"text_backbone.encoder.weight": (1,), "vision_projection": (768, 512), "logit_scale": ()},
 }
 
 
@@ -43,12 +52,10 @@ def write_weights(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> 
 
 
 def surround(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A state dict inside that of a detector."""
+    """A state dict inside that of the whole."""
     import torch
 
-    if not prefix:
-        return OrderedDict(state)
-    around = {name: torch.randn(shape) for name, shape in AROUND.items()}
+    around = {name: torch.randn(shape) for name, shape in AROUND.get(prefix, {}).items()}
     return OrderedDict([*((prefix + name, value) for name, value in state.items()), *around.items()])
 
 
