@@ -308,8 +308,8 @@ def _without(text: str, place: int) -> Op:
     return Op(text, run, None)
 
 
-_FIRST = Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY)
-_COPY = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST)
+_FIRST: Op = Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY)
+_COPY: Op = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST)
 
 
 def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:

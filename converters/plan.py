@@ -18,7 +18,7 @@ from converters.ops import IDENTITY, OpError, Pipeline
 from converters.routes import Existing, Homeless, Problem, Route, follow
 from converters.rows import Drop, Rule, most_specific
 from converters.target import Skeleton, Traits
-from converters.tensors import TensorSpec
+from converters.tensors import TensorSpec, size_of
 
 __all__ = ["Change", "Origin", "Plan", "Step", "make_plan", "read_off", "rendered"]
 
@@ -166,7 +166,7 @@ class _Draft:
                 parts = len(row.pattern.choices) or 1
                 there = row.ops.shapes([self.skeleton.buffers[name]], parts)[item.match.choice]
             if there != item.spec.shape:
-                detail = f"{_x(item.spec.shape)} here, {_x(there)} in timm"
+                detail = f"{size_of(item.spec.shape)} here, {size_of(there)} in timm"
                 self.problems.append(Problem("shape", item.spec.name, item.spec, (row,), detail))
 
     def _send(self, item: Route, rule: Rule, match: Match) -> None:
@@ -232,7 +232,7 @@ class _Draft:
             return fail("op", str(error))
         if any(spec.shape != shape for spec, shape in zip(wanted, shapes, strict=True)):
             for spec, shape in zip(wanted, shapes, strict=True):
-                detail = f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm"
+                detail = f"{size_of(shape)} from {sources[0].name}, {size_of(spec.shape)} in timm"
                 self.problems.append(Problem("shape", spec.name, spec, (gather.rule,), detail, shape=shape))
             return []
         for spec in sources:
@@ -254,7 +254,3 @@ def _clash(item: Route, rule: Rule, target: str, there: _Gather) -> Problem:
     if there.rule is rule and item.match and item.match.choice not in there.members:
         detail = f"its indices or ops are not those of {other}"
     return Problem("clash", item.spec.name, item.spec, rows, detail)
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
