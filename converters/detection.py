@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -295,8 +296,13 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
 
 
 def _squeezed(text: str) -> str:
-    """Text without spaces, quotes and escapes: configurations are written in many styles."""
-    return "".join(c for c in text.replace("\\n", "") if c not in " \t\r\n'\"\\")
+    """Text without spaces, quotes, escapes and last commas: configurations are written in many styles.
+
+    >>> _squeezed("dilations=(\\n    1,\\n    2,\\n)"), _squeezed("dilations=(1, 2)")
+    ('dilations=(1,2)', 'dilations=(1,2)')
+    """
+    bare = "".join(c for c in text.replace("\\n", "") if c not in " \t\r\n'\"\\")
+    return re.sub(r",(?=[)\]}])", "", bare)
 
 
 def _first_names(checkpoint: Checkpoint) -> str:
