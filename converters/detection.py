@@ -19,13 +19,12 @@ from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
-from converters.names import Pattern
 from converters.plan import Plan, make_plan, read_off, rendered
 from converters.preprocessing import fold_normalization, read_preprocessing, take_bgr
 from converters.readers import Checkpoint
 from converters.routes import Problem, Route, route
 from converters.schema import Evidence, ReferenceFile, Refusal
-from converters.signature import read_signature
+from converters.signature import Sign, read_signature
 from converters.target import build_skeleton, is_known, traits_of
 from converters.values import filled
 
@@ -291,8 +290,8 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
         if not any(_squeezed(text) in said for text in texts) or (when.without and _squeezed(when.without) in said):
             return False
     sources = [when.source] if isinstance(when.source, str) else when.source
-    patterns = [Pattern.parse(source) for source in sources or ()]
-    return sources is None or any(pattern.match(item.segments) for pattern in patterns for item in routes)
+    names, shapes = [item.segments for item in routes], [item.spec.shape for item in routes]
+    return sources is None or any(Sign.parse(source, {}).found(names, shapes) for source in sources)
 
 
 def _squeezed(text: str) -> str:

@@ -48,7 +48,7 @@ class RowFile(_Strict):
 class Evidence(_Strict):
     """What a checkpoint shows of its origin: all that it names must be there."""
 
-    source: str | list[str] | None = None  # a module or tensor, as a pattern, or one of these
+    source: str | list[str] | None = None  # what `detect` would have, or one of these
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
     without: str | None = None  # a text that is not there
 

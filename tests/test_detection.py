@@ -164,6 +164,7 @@ MMENGINE = DEEPLAB.replace("(1, 1, 2, 4)", "(\n        1,\n        1,\n        2
         ({"cfg": PYTORCH.replace("'pytorch'", '"caffe"')}, "the stride of a block is on its 1x1 convolution"),
         ({"cfg": DEEPLAB}, "its stages are dilated"),
         ({"cfg": MMENGINE}, "its stages are dilated"),
+        ({"cfg": MMENGINE + ", contract_dilation=True"}, "its stages are dilated, and in blocks of two convolutions"),
         ({"cfg": PYTORCH.replace("ResNet", "TridentResNet")}, "it is a TridentNet"),
         ({"cfg": "something else"}, 2),
         ({"cfg": {1: float("nan"), "x": [None]}}, 2),
