@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from converters.mapping import Mapping
@@ -30,29 +30,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class Route:
-    """What the mapping says of one source."""
+    """What the mapping says of one source, or of one layer of a stack."""
 
-    spec: TensorSpec
-    segments: tuple[str, ...]  # its name, stripped of the family's prefixes
+    spec: TensorSpec  # of a layer, under the stack's name
+    segments: tuple[str, ...]  # its name, stripped of the family's prefixes; of a layer, what `unstack` calls it
     row: Rule | Drop | None
     match: Match | None
     problem: Problem | None = None
+    own: tuple[str, ...] = ()  # its name, stripped; of a layer, the stack's
+    layer: tuple[int, int] = (0, 0)  # which of how many; of none for what is no stack
 
 
 def route(mapping: Mapping, specs: Dict[str, TensorSpec]) -> tuple[Route, ...]:
-    """Each source's most specific row."""
+    """Each source's most specific row, and of a stack each layer's."""
     routes, taken = [], dict[tuple[str, ...], str]()
-    for (name, segments), spec in zip(mapping.segments(specs).items(), specs.values(), strict=True):
-        rows, match = most_specific(mapping.rows, segments)
-        problem = None
-        if other := taken.get(segments):
-            problem = Problem("twice", name, spec, detail=f"it and {other} are one name without their prefix")
-        elif len(rows) > 1:
-            problem = Problem("tie", name, spec, tuple(rows))
-        elif not rows:
-            problem = Problem("unmatched", name, spec)
-        taken[segments] = name
-        routes.append(Route(spec, segments, rows[0] if rows else None, match, problem))
+    for (name, own), spec in zip(mapping.segments(specs).items(), specs.values(), strict=True):
+        layers = next(filter(None, (stack.layers(own, spec.shape) for stack in mapping.unstack)), [])
+        inside = replace(spec, shape=spec.shape[1:]) if layers else spec
+        for layer, segments in enumerate(layers or [own]):
+            rows, match = most_specific(mapping.rows, segments)
+            problem = None
+            if other := taken.get(segments):
+                problem = Problem("twice", name, spec, detail=f"it and {other} are one name without their prefix")
+            elif len(rows) > 1:
+                problem = Problem("tie", name, spec, tuple(rows))
+            elif not rows:
+                problem = Problem("unmatched", name, spec)
+            taken[segments] = name
+            row = rows[0] if rows else None
+            routes.append(Route(inside, segments, row, match, problem, own, (layer, len(layers))))
     return tuple(routes)
 
 
@@ -97,8 +103,8 @@ def follow(
         raise Homeless(str(error)) from error
     if not item.match.rest:
         return names, way.ops
-    leaf = _leaf(mapping, item)
-    tail = ".".join((*item.match.rest[:-1], leaf.name))
+    modules, leaf = _leaf(mapping, item.match.rest, len(item.spec.shape))
+    tail = ".".join((*modules, leaf.name))
     return tuple(f"{name}.{tail}" for name in names), leaf.ops + way.ops
 
 
@@ -110,13 +116,12 @@ def _way(rule: Rule, captures: dict[str, Any], existing: Existing, numbered: set
     raise Homeless("no way of this row has a guard that holds")
 
 
-def _leaf(mapping: Mapping, item: Route) -> Leaf:
-    assert item.match
-    leaf, rank = item.match.rest[-1], len(item.spec.shape)
-    ways = mapping.leaves.get(leaf)
-    if ways is None:
-        return Leaf(leaf, IDENTITY, None)
-    for way in ways:
-        if way.rank in (None, rank):
-            return way
-    raise Homeless(f"leaves.yaml has no layout for a `{leaf}` of rank {rank}")
+def _leaf(mapping: Mapping, rest: tuple[str, ...], rank: int) -> tuple[tuple[str, ...], Leaf]:
+    """The modules before a leaf, and the leaf: the longest ending of the name that the layout has, or its last part."""
+    for start in range(len(rest)):
+        if ways := mapping.leaves.get("/".join(rest[start:])):
+            for way in ways:
+                if way.rank in (None, rank):
+                    return rest[:start], way
+            raise Homeless(f"leaves.yaml has no layout for a `{'/'.join(rest[start:])}` of rank {rank}")
+    return rest[:-1], Leaf(rest[-1], IDENTITY, None)
