@@ -7,9 +7,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["add", "difference", "magnitude", "root", "scale", "std_eps", "total"]
+__all__ = ["add", "constant", "difference", "magnitude", "root", "scale", "std_eps", "total"]
 
 Tensors = list["torch.Tensor"]
+
+
+def constant(value: int | float | str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """A tensor of one value; an `identity` of shape (channels, channels, ...) has ones in the middle of its kernels.
+
+    >>> constant("identity", (2, 2, 3), "float32").tolist()
+    [[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]
+    """
+    import torch
+
+    if not isinstance(value, str):
+        return torch.full(shape, value, dtype=getattr(torch, dtype))
+    tensor, channels = torch.zeros(shape, dtype=getattr(torch, dtype)), torch.arange(shape[0])
+    tensor[(channels, channels, *(size // 2 for size in shape[2:]))] = 1
+    return tensor
 
 
 def total(tensors: Tensors) -> Tensors:

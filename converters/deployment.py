@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from converters.calculations import constant
 from converters.errors import TargetError
 from converters.ops import Op, Pipeline, Tensors
 from converters.plan import Change, Origin, Plan, Step
@@ -75,11 +76,9 @@ def _fused(name: str, block: torch.nn.Module, inside: Sequence[Step]) -> list[St
 
 def _computed(step: Step, given: Iterator[torch.Tensor]) -> torch.Tensor:
     """The tensor of a step, from as many of the given ones as it has sources."""
-    import torch
-
     origin = step.origin
     if origin.fill is not None:
-        return torch.full(step.target.shape, origin.fill, dtype=torch.float64)
+        return constant(origin.fill, step.target.shape, "float64")
     tensors = [next(given).double() for _ in origin.sources]
     return origin.ops.run(tensors, origin.parts)[step.part]
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from converters.calculations import constant
 from converters.errors import CheckpointError, OutputError, printable
 from converters.ops import OpError
 from converters.plan import Plan, Step
@@ -193,11 +194,9 @@ def _contents(
 
 def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> list[memoryview]:
     """The bytes of the steps that share one origin, in their order."""
-    import torch
-
     origin, wanted = steps[0].origin, [specs[step.target.name] for step in steps]
     if origin.fill is not None:
-        filled = [torch.full(step.target.shape, origin.fill, dtype=getattr(torch, step.target.dtype)) for step in steps]
+        filled = [constant(origin.fill, step.target.shape, step.target.dtype) for step in steps]
         return [from_torch(_cast(tensor, spec)) for tensor, spec in zip(filled, wanted, strict=True)]
     if source := _unchanged(steps, checkpoint, specs):
         return [source.read()]

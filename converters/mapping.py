@@ -199,7 +199,7 @@ def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], line
     return Drop(lines.of("drop", left), parsed, drop.reason, drop.only == "zeros", buffer)
 
 
-def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
+def _value(fill: int | float | str | FillFile) -> tuple[int | float | str, str]:
     return (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
 
 

@@ -30,7 +30,7 @@ class Origin:
     sources: tuple[str, ...] = ()
     ops: Pipeline = IDENTITY
     rule: Rule | None = None
-    fill: int | float | None = None
+    fill: int | float | str | None = None
     parts: int = 1  # how many targets it gives
 
 
@@ -188,14 +188,16 @@ class _Draft:
     def close(self) -> Plan | tuple[Problem, ...]:
         gathers = {id(gather): gather for gather in self.reached.values() if gather.members}
         steps = [step for gather in gathers.values() for step in self._steps(gather)]
-        absent: dict[tuple[str, int | float], list[str]] = {}
+        absent: dict[tuple[str, int | float | str], list[str]] = {}
         for name, spec in self.skeleton.specs.items():
             if name in self.reached:
                 continue
             fills, _ = most_specific(self.mapping.fill, split(name))
             if len(fills) != 1:
                 self.problems.append(Problem("tie" if fills else "missing", name, spec, tuple(fills)))
-            elif isinstance(fills[0].value, float) and spec.kind != "float":
+            elif fills[0].value == "identity" and (len(spec.shape) < 2 or spec.shape[0] != spec.shape[1]):
+                self.problems.append(Problem("shape", name, spec, tuple(fills), f"{_x(spec.shape)} is of no identity"))
+            elif not isinstance(fills[0].value, int) and spec.kind != "float":
                 self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
                 steps.append(Step(spec, Origin(fill=fills[0].value)))

@@ -69,7 +69,7 @@ class Fill:
 
     line: int
     pattern: Pattern
-    value: int | float
+    value: int | float | str
     reason: str = ""  # a caveat
 
     @property

@@ -27,6 +27,7 @@ __all__ = [
 
 _SOME = Field(min_length=1)
 Plain = bool | int | float | str
+Constant = int | float | Literal["identity"]  # that is a kernel or a matrix which gives every channel as it came
 
 
 class _Strict(BaseModel):
@@ -88,7 +89,7 @@ class DropFile(_Strict):
 class FillFile(_Strict):
     """A value for what the source does not have although timm computes with it; the report carries the reason."""
 
-    value: int | float
+    value: Constant
     reason: Annotated[str, _SOME]
 
 
@@ -124,7 +125,7 @@ class MappingFile(_Strict):
     renumber: list[str] = []  # what automatic names begin with; see numbering.py
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
-    fill: dict[str, int | float | FillFile] = {}
+    fill: dict[str, Constant | FillFile] = {}
     # a number, or a pattern of the source's modules: the target's, counted through; a list: in the target's order
     enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}
