@@ -27,7 +27,8 @@ __all__ = [
 
 _SOME = Field(min_length=1)
 Plain = bool | int | float | str
-Constant = int | float | Literal["identity"]  # that is a kernel or a matrix which gives every channel as it came
+# an identity is a kernel or a matrix that gives every channel as it came
+Constant = int | float | Annotated[str, Field(pattern="^identity$")]
 
 
 class _Strict(BaseModel):

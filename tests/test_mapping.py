@@ -80,7 +80,7 @@ def test_without_targets_there_is_a_reason(family):
         ("strip: 5", 4, "`strip`: input should be a valid string"),
         ("drop: {a: }", 4, "`drop.a`: input should be a valid string"),
         ("drop: {a: ''}", 4, "`drop.a`: string should have at least 1 character"),
-        ("fill: {a: x}", 4, "`fill.a`: input should be a valid "),
+        ("fill: {a: x}", 4, "`fill.a`: string should match pattern '^identity$'"),
         ("fill: {a: true}", 4, "`fill.a`: input should be a valid "),
         ("tables:\n  l: {}", 5, "`tables.l`: dictionary should have at least 1 item"),
         ("tables:\n  l: {a: 1, b: c}", 5, "`tables.l.b`: input should be a valid integer"),

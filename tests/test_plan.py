@@ -221,6 +221,7 @@ DOES_NOT_CLOSE = {
     "complex numbers for floats": ("a: x", "a.w=1:complex64", "x.w=1", "dtype x.w"),
     "truth for integers": ("a: x", "a.w=1:bool", "x.w=1:uint8", "dtype x.w"),
     "a gather of two dtypes": ("'{q|k}': x | cat", "q.w=1 k.w=1:float16", "x.w=2", "dtype x.w"),
+    "an identity that is none": ("a: x\n\nfill: {x.k: identity}", "a.w=1", "x.w=1 x.k=2x3x1x1", "shape x.k"),
     "half a count": ("a: x\n\nfill: {x.n: 0.5}", "a.w=1", "x.w=1 x.n=:int64", "dtype x.n"),
     "a division by zero": ("'a.{i}': 'x.{i//0}'", "a.1.w=1", "x.1.w=1", "nowhere a.1.w, missing x.1.w"),
     "arithmetic on a word": (
