@@ -21,7 +21,7 @@ from converters.ops import Op, Pipeline
 from converters.plan import Change, Origin, Plan, Step
 from converters.routes import Problem
 from converters.target import Skeleton, build_skeleton, traits_of
-from converters.tensors import TensorSpec
+from converters.tensors import TensorSpec, size_of
 
 __all__ = ["SIZES", "Ways", "change", "own_sizes", "takes", "trained_windows"]
 
@@ -37,7 +37,8 @@ class Ways:
     resample: str = "timm"  # one of normalizers.WAYS
     classes: slice | tuple[int, ...] | None = None  # which of the source's classes are kept, in this order
     alpha: bool = False  # further input channels get no weight
-    fold: bool = False  # put mean and std into the first convolution
+    fold_normalization: bool = False  # put mean and std into the first convolution
+    fold_batch_norms: bool = False  # put their scales into the convolutions before them
     bgr: bool | None = None  # whether the source takes BGR images; None: what the file says
 
     def __post_init__(self) -> None:
@@ -123,7 +124,7 @@ class _Changing:
             return Step(target, step.origin)
         op = self.normalizer(spec, step.target.shape)
         if op is None or step.origin.parts > 1:
-            shapes = f"{_x(step.target.shape)} to {_x(spec.shape)}"
+            shapes = f"{size_of(step.target.shape)} to {size_of(spec.shape)}"
             raise TargetError(f"nothing brings timm's {spec.name} from {shapes}", cure="change less")
         self.made.setdefault(op.text, []).append(spec.name)
         return Step(target, replace(step.origin, ops=step.origin.ops + Pipeline((op,))))
@@ -278,7 +279,3 @@ def _cells(window: Size) -> int:
 
 def _or(words: Iterable[str]) -> str:
     return " or ".join(words)
-
-
-def _x(shape: Shape) -> str:
-    return "x".join(map(str, shape)) or "a scalar"

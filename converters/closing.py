@@ -83,7 +83,7 @@ def pose(mapping: Mapping, target: str, number: int, img_size: int | None, *, re
         return None
     try:
         traits = traits_of(target)  # these are the arguments that a plan reads off a checkpoint
-        args = {"num_classes": CLASSES} if traits.classifiers else {}
+        args: dict[str, Any] = {"num_classes": CLASSES} if traits.classifiers else {}
         args |= {"in_chans": traits.in_chans} if traits.first_convs else {}
         args |= {"img_size": img_size} if rebuilt else {}
         skeleton = build_skeleton(target, {**mapping.args_of(target, reference), **args})

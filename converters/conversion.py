@@ -63,6 +63,7 @@ def convert(
     dry_run: bool = False,
     overwrite: bool = False,
     allow_deviation: bool = False,
+    allow_nan: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert a checkpoint into a folder that `timm.create_model('local-dir:DIRECTORY', pretrained=True)` loads.
@@ -71,19 +72,22 @@ def convert(
     timm's, on top of the mapping's own; `img_size` in pixels, or height and width. Other sizes than the source's
     (`num_classes`, `in_chans`, `img_size`, `window_size`, `patch_size`) are changes, made in these `ways`.
     `purpose` is "model", "features" (the names of a `features_only=True` model) or "deployment" (branches fused).
-    `license` is for the model card. Without `allow_deviation` a family that timm computes only nearly is refused.
+    `license` is for the model card. Without `allow_deviation` a family that timm computes only nearly is refused,
+    and without `allow_nan` a checkpoint with NaN, infinity or variances below zero.
     Raises ConverterError; then nothing is left at `directory`.
     """
     checkpoint = open_checkpoint(_fetch(source, progress) if not dry_run or expect_sha256 else source, key=key, ema=ema)
     wanted = not dry_run or expect_sha256
     digest = _begin(checkpoint.sha256) if wanted else None  # while timm is imported
-    from converters.deployment import fuse_branches
+    from converters.deployment import fold_batch_norms, fuse_branches
     from converters.description import describe, write_description
     from converters.detection import find_plan
-    from converters.emitter import new_folder, write_tensors
+    from converters.emitter import write_tensors
     from converters.features import only_features
+    from converters.folders import new_folder
 
     plan = find_plan(checkpoint, family=family, target=target, args=args, img_size=img_size, ways=ways)
+    plan = fold_batch_norms(plan) if ways and ways.fold_batch_norms else plan
     plan = {"model": lambda one: one, "features": only_features, "deployment": fuse_branches}[purpose](plan)
     record = describe(plan, checkpoint, dtype=dtype, img_size=img_size, key=key, ema=ema, license=license)
     if digest and expect_sha256 and expect_sha256.lower() != digest.result():
@@ -97,7 +101,9 @@ def convert(
         problem = f"is of {plan.mapping.name}, which timm computes only nearly: {reasons}"
         raise NotExpressible(problem, file=checkpoint.path, cure="pass --allow-deviation to have it so")
     with new_folder(Path(directory), overwrite) as folder:
-        write_tensors(plan, checkpoint, folder / "model.safetensors", dtype=dtype, progress=progress)
+        write_tensors(
+            plan, checkpoint, folder / "model.safetensors", dtype=dtype, allow_nan=allow_nan, progress=progress
+        )
         record["source"]["sha256"] = digest.result()
         write_description(plan, record, folder)
     return Conversion(checkpoint, plan, Path(directory), record)

@@ -219,7 +219,7 @@ def _with_preprocessing(plan: Plan, reference: ReferenceFile | None, checkpoint:
     bgr = asked.ways.bgr if asked.ways.bgr is not None else found.bgr if found.values else own
     plan = replace(plan, preprocess=values)
     plan = take_bgr(plan) if bgr else plan
-    return fold_normalization(plan) if asked.ways.fold else plan
+    return fold_normalization(plan) if asked.ways.fold_normalization else plan
 
 
 def _candidates(

@@ -1,9 +1,8 @@
-"""The emitter: a plan and a checkpoint become a folder that timm loads.
+"""The emitter: a plan and a checkpoint become the `model.safetensors` that timm loads.
 
-`model.safetensors` is written header first, then tensor by tensor at the places that the header gives: those
-that stay as they are go from file to file, the others through their ops, read ahead by one origin. Everything
-goes to a temporary folder beside the destination, is flushed to the disk, read back by the safetensors
-library, and renamed, so that the destination is absent, old, or new and whole.
+It is written header first, then tensor by tensor at the places that the header gives: those that stay as they are
+go from file to file, the others through their ops, read ahead by one origin. While it is flushed to the disk, its
+values are looked at, and it is read back by the safetensors library.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,43 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from converters.calculations import constant
-from converters.errors import CheckpointError, OutputError, printable
+from converters.errors import CheckpointError, OutputError
 from converters.ops import OpError
 from converters.plan import Plan, Step
 from converters.readers import Checkpoint
+from converters.soundness import find_fault
 from converters.target import compute_buffers
 from converters.tensors import DTYPES, LazyTensor, TensorSpec, from_torch, to_torch
 
-__all__ = ["OUTPUT_FILES", "new_folder", "write_tensors"]
+__all__ = ["write_tensors"]
 
 AT_ONCE = 128 << 20  # bytes that are flushed
-OUTPUT_FILES = ("model.safetensors", "config.json", "conversion.json", "README.md", "verification.json")
-
-
-@contextmanager
-def new_folder(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `destination` when the block ends well, and vanishes when it does not.
-
-    Raises OutputError when the destination exists and may not be replaced, or cannot be written.
-    """
-    _check_destination(destination, overwrite)
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-        folder.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", file=destination) from error
-    try:
-        yield folder
-        for path in folder.iterdir():
-            _flush(path)
-        _flush(folder)
-        _rename(folder, destination)
-        _flush(destination.parent)
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror or error}", file=destination) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_tensors(
@@ -66,40 +37,47 @@ def write_tensors(
     path: Path,
     *,
     dtype: str = "source",
+    allow_nan: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """`path` as safetensors: the plan's targets, in the source's dtype or in another float dtype, rounded once.
 
     What is copied from file to file is only as sound as `checkpoint.sha256()` finds it. `progress` is called
-    with the bytes written and the bytes in all. Raises CheckpointError when the source is damaged, OutputError
-    when a value overflows the dtype.
+    with the bytes written and the bytes in all. Raises CheckpointError when the source is damaged or, without
+    `allow_nan`, has values with which nothing can be computed; OutputError when a value overflows the dtype.
     """
     specs = {step.target.name: _emitted(step.target, dtype) for step in plan.steps}
     header, places = _layout(specs)
     copied, computed = _divide(plan, checkpoint, specs)
+    least = _least_variances(plan)
     start, done, total = len(header), 0, sum(spec.nbytes for spec in specs.values())
 
-    def written() -> Iterator[int]:
+    def written() -> Iterator[str]:
         for name, tensor in copied.items():
             tensor.copy(file, start + places[name])  # type: ignore[misc]
-            yield specs[name].nbytes
+            yield name
         for step, raw in _contents(computed, checkpoint, specs):
             assert raw.nbytes == specs[step.target.name].nbytes, f"{step.target.name}: {raw.nbytes} bytes"
             _write(file, raw, start + places[step.target.name])
-            yield raw.nbytes
+            yield step.target.name
 
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         _reserve(file, len(header) + total)
         _write(file, memoryview(header), 0)
-        with _flush_behind(file) as flush:
-            for count in written():
-                done += count
-                flush(count)
+        with _flush_behind(file) as flush, ThreadPoolExecutor(1) as reader:
+            faults = {}
+            for name in written():
+                spec = specs[name]
+                faults[name] = reader.submit(find_fault, file, start + places[name], spec, least.get(name))
+                done += spec.nbytes
+                flush(spec.nbytes)
                 if progress:
                     progress(done, total)
     finally:
         os.close(file)
+    if not allow_nan:
+        _check_values(plan, checkpoint, {name: fault for name, one in faults.items() if (fault := one.result())})
     _check_dropped(plan, checkpoint)
     for source in checkpoint.files:
         source.check_unchanged()
@@ -125,6 +103,25 @@ def _flush_behind(file: int) -> Iterator[Callable[[int], None]]:
 
         yield advance
         last.result()
+
+
+def _check_values(plan: Plan, checkpoint: Checkpoint, faults: dict[str, str]) -> None:
+    """Refuse tensors with which nothing can be computed."""
+    for step in plan.steps:
+        if step.target.name in faults:
+            more = f" (and {len(faults) - 1} more tensors do)" if len(faults) > 1 else ""
+            raise CheckpointError(
+                faults[step.target.name] + more,
+                file=checkpoint.path,
+                tensor=(step.origin.sources or (step.target.name,))[-1],
+                cure="take an earlier checkpoint, or pass --allow-nan to have it so",
+            )
+
+
+def _least_variances(plan: Plan) -> dict[str, float]:
+    """What each variance has to exceed: below, its square root is none."""
+    modules = plan.skeleton.model.named_modules() if plan.skeleton.model else ()
+    return {f"{name}.running_var": -float(one.eps) for name, one in modules if hasattr(one, "running_var")}
 
 
 def _check_dropped(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -295,49 +292,3 @@ def _read_back(path: Path, specs: dict[str, TensorSpec]) -> None:
         raise OutputError(f"was not written whole: {error}", file=path) from error
     if found != {name: (DTYPES[spec.dtype][0], spec.shape) for name, spec in specs.items()}:
         raise OutputError("does not hold what was written to it", file=path)
-
-
-def _check_destination(destination: Path, overwrite: bool) -> None:
-    if not os.path.lexists(destination):
-        return
-    if destination.is_symlink() or not destination.is_dir():
-        raise OutputError("is there already and is no folder", file=destination, cure="choose another name")
-    present = {path.name for path in destination.iterdir()}
-    if present and not overwrite:
-        raise OutputError("is there already", file=destination, cure="choose another name, or pass --overwrite")
-    if foreign := sorted(present - set(OUTPUT_FILES)):
-        raise OutputError(
-            f"holds other files too ({printable(foreign[0])})", file=destination, cure="choose another name"
-        )
-    if present and "conversion.json" not in present:
-        raise OutputError("is not an earlier conversion", file=destination, cure="choose another name")
-
-
-def _rename(folder: Path, destination: Path) -> None:
-    if not destination.exists() or not any(destination.iterdir()):
-        folder.rename(destination)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
-    try:
-        destination.rename(old / destination.name)
-        try:
-            folder.rename(destination)
-        except OSError:
-            (old / destination.name).rename(destination)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from converters.ops import Op, Tensors
+from converters.tensors import size_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ WAYS = ("timm", "bicubic", "bilinear")  # how to resample
 def patches(old: Size, new: Size, way: str) -> Op:
     """A patch embedding (out, in, height, width) for patches of another size."""
     if way != "timm":
-        return _op(f"interpolate patches {_x(old)} -> {_x(new)}, {way}", lambda t: _interpolate(t, new, way))
+        return _op(f"interpolate patches {size_of(old)} -> {size_of(new)}, {way}", lambda t: _interpolate(t, new, way))
 
     def resample(tensor: torch.Tensor) -> torch.Tensor:
         import torch
@@ -46,7 +47,7 @@ def patches(old: Size, new: Size, way: str) -> Op:
         matrix = _interpolate(basis, new, way).reshape(old[0] * old[1], -1).T  # how a patch's pixels are resized
         return (tensor.flatten(2) @ torch.linalg.pinv(matrix)).reshape(*tensor.shape[:2], *new)
 
-    return _op(f"resample patches {_x(old)} -> {_x(new)}, pseudo-inverse of bicubic", resample)
+    return _op(f"resample patches {size_of(old)} -> {size_of(new)}, pseudo-inverse of bicubic", resample)
 
 
 def positions(old: Size, new: Size, prefix: int, way: str) -> Op:
@@ -60,7 +61,7 @@ def positions(old: Size, new: Size, prefix: int, way: str) -> Op:
         return torch.cat([tensor[:, :prefix], tokens], dim=1)
 
     behind = f" behind {prefix} prefix tokens" if prefix else ""
-    return _op(f"resample positions {_x(old)} -> {_x(new)}{behind}, {_name(way)}", resample)
+    return _op(f"resample positions {size_of(old)} -> {size_of(new)}{behind}, {_name(way)}", resample)
 
 
 def position_map(old: Size, new: Size, features_last: bool, way: str) -> Op:
@@ -71,7 +72,7 @@ def position_map(old: Size, new: Size, features_last: bool, way: str) -> Op:
             return _interpolate(tensor, new, way)
         return _interpolate(tensor.permute(0, 3, 1, 2), new, way).permute(0, 2, 3, 1)
 
-    return _op(f"resample positions {_x(old)} -> {_x(new)}, {_name(way)}", resample)
+    return _op(f"resample positions {size_of(old)} -> {size_of(new)}, {_name(way)}", resample)
 
 
 def table(old: Size, new: Size, extra: int, way: str) -> Op:
@@ -90,7 +91,7 @@ def table(old: Size, new: Size, extra: int, way: str) -> Op:
         return torch.cat([grid.flatten(1).T, tokens])
 
     name = "geometric grid" if way == "timm" else way
-    return _op(f"resample biases of windows {_x(old)} -> {_x(new)}, {name}", resample)
+    return _op(f"resample biases of windows {size_of(old)} -> {size_of(new)}, {name}", resample)
 
 
 def offsets(old: Size, new: Size, way: str) -> Op:
@@ -99,7 +100,7 @@ def offsets(old: Size, new: Size, way: str) -> Op:
     def resample(tensor: torch.Tensor) -> torch.Tensor:
         return _interpolate(tensor.reshape(1, -1, *old), new, way).reshape(tensor.shape[0], -1)
 
-    return _op(f"resample biases of offsets {_x(old)} -> {_x(new)}, {_name(way)}", resample)
+    return _op(f"resample biases of offsets {size_of(old)} -> {size_of(new)}, {_name(way)}", resample)
 
 
 def channels(old: int, new: int, alpha: bool = False) -> Op:
@@ -176,7 +177,3 @@ def _geometric(old: int, new: int) -> torch.Tensor:
 
 def _name(way: str) -> str:
     return "antialiased bicubic" if way == "timm" else way
-
-
-def _x(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -306,8 +306,8 @@ def _without(place: int) -> Op:
     )
 
 
-_FIRST = Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY)
-_COPY = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST)
+_FIRST: Op = Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY)
+_COPY: Op = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST)
 
 
 def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:

@@ -18,7 +18,7 @@ from converters.ops import IDENTITY, OpError, Pipeline
 from converters.routes import Existing, Homeless, Problem, Route, follow
 from converters.rows import Drop, Rule, most_specific
 from converters.target import Skeleton, Traits
-from converters.tensors import TensorSpec
+from converters.tensors import TensorSpec, size_of
 
 __all__ = ["Change", "Origin", "Plan", "Step", "make_plan", "read_off", "rendered"]
 
@@ -162,7 +162,7 @@ class _Draft:
         if row.buffer and item.match:
             (name,) = row.buffer.render(item.match.captures)
             if (there := self.skeleton.buffers.get(name, ())) != item.spec.shape:
-                detail = f"{_x(item.spec.shape)} here, {_x(there)} in timm"
+                detail = f"{size_of(item.spec.shape)} here, {size_of(there)} in timm"
                 self.problems.append(Problem("shape", item.spec.name, item.spec, (row,), detail))
 
     def _send(self, item: Route, rule: Rule, match: Match) -> None:
@@ -196,7 +196,7 @@ class _Draft:
             if len(fills) != 1:
                 self.problems.append(Problem("tie" if fills else "missing", name, spec, tuple(fills)))
             elif fills[0].value == "identity" and (len(spec.shape) < 2 or spec.shape[0] != spec.shape[1]):
-                self.problems.append(Problem("shape", name, spec, tuple(fills), f"{_x(spec.shape)} is of no identity"))
+                self.problems.append(Problem("shape", name, spec, tuple(fills), f"{size_of(spec.shape)} is of no identity"))
             elif not isinstance(fills[0].value, int) and spec.kind != "float":
                 self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
@@ -230,7 +230,7 @@ class _Draft:
             return fail("op", str(error))
         if any(spec.shape != shape for spec, shape in zip(wanted, shapes, strict=True)):
             for spec, shape in zip(wanted, shapes, strict=True):
-                detail = f"{_x(shape)} from {sources[0].name}, {_x(spec.shape)} in timm"
+                detail = f"{size_of(shape)} from {sources[0].name}, {size_of(spec.shape)} in timm"
                 self.problems.append(Problem("shape", spec.name, spec, (gather.rule,), detail, shape=shape))
             return []
         for spec in sources:
@@ -252,7 +252,3 @@ def _clash(item: Route, rule: Rule, target: str, there: _Gather) -> Problem:
     if there.rule is rule and item.match and item.match.choice not in there.members:
         detail = f"its indices or ops are not those of {other}"
     return Problem("clash", item.spec.name, item.spec, rows, detail)
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"

@@ -75,9 +75,12 @@ def fold_normalization(plan: Plan) -> Plan:
     steps = {step.target.name: step for step in plan.steps}
     weight, bias = steps.get(f"{stem}.weight"), steps.get(f"{stem}.bias")
     constants = [plan.preprocess.get(key, model.pretrained_cfg[key]) for key in ("mean", "std")]
+    if any(isinstance(one, dict) for one in constants):
+        raise TargetError("mean and std are tensors of the source, and cannot be folded", cure="convert it as it is")
     if weight is None or bias is None or bias.origin.fill is not None or weight.origin.parts + bias.origin.parts > 2:
         raise TargetError(f"{stem or 'the first convolution'} has no bias that could take the mean")
-    if len(weight.target.shape) != 4 or any(model.get_submodule(stem).padding):
+    own = model.get_submodule(stem)
+    if type(own).__name__ != "Conv2d" or any(own.padding):  # others pad as they run
         raise TargetError(f"{stem} pads images with zeros, which would no longer be their mean")
     if any(len(one) != weight.target.shape[1] for one in constants):
         raise TargetError(f"{stem} has another number of channels than mean and std")

@@ -7,14 +7,14 @@ them into torch tensors in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "LazyTensor", "TensorSpec", "from_torch", "to_torch"]
+__all__ = ["DTYPES", "LazyTensor", "TensorSpec", "from_torch", "size_of", "to_torch"]
 
 DTYPES: dict[str, tuple[str, int]] = {  # torch's name: safetensors' code, bytes an element
     "float64": ("F64", 8),
@@ -77,6 +77,15 @@ class LazyTensor:
     read: Callable[[], memoryview]
     copy: Callable[[int, int], None] | None = None
     lossy: str = ""  # what its values went through before: "dequantized from qint8"
+
+
+def size_of(shape: Iterable[int]) -> str:
+    """A shape as it is told.
+
+    >>> size_of((2, 3)), size_of(())
+    ('2x3', 'scalar')
+    """
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def to_torch(raw: memoryview, spec: TensorSpec) -> torch.Tensor:

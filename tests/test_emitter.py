@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.emitter import new_folder, write_tensors
+from converters.emitter import write_tensors
 from converters.errors import CheckpointError, DamagedCheckpoint, OutputError
+from converters.folders import new_folder
 from converters.plan import make_plan
 from converters.readers.files import SourceFile
 from converters.routes import route
@@ -47,7 +48,7 @@ def emit(family, checkpoint, tmp_path) -> Callable[..., Path]:
         plan = make_plan(mapping, route(mapping, source.specs), Skeleton("tiny", {}, specs, None))
         path = tmp_path / "model.safetensors"
         path.unlink(missing_ok=True)
-        write_tensors(plan, source, path, **options)
+        write_tensors(plan, source, path, allow_nan=True, **options)  # random bits are NaN at times
         return path
 
     return write

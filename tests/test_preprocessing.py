@@ -11,7 +11,9 @@ import torch
 from converters import convert
 from converters.changes import Ways
 from converters.errors import TargetError
-from converters.preprocessing import read_preprocessing
+from converters.plan import Plan
+from converters.preprocessing import fold_normalization, read_preprocessing
+from converters.target import build_skeleton
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 RGB = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -90,4 +92,10 @@ def test_a_padded_convolution_takes_no_mean(tmp_path: Path) -> None:
         convert(tmp_path / "source.pth", tmp_path / "out", ways=FOLD)
 
 
-FOLD = Ways(fold=True)
+def test_a_mean_that_the_source_holds_is_not_folded() -> None:
+    plan = Plan(None, build_skeleton("vgg11", {}), (), {}, preprocess={"mean": {"source": "normalization.mean"}})
+    with pytest.raises(TargetError, match="mean and std are tensors of the source"):
+        fold_normalization(plan)
+
+
+FOLD = Ways(fold_normalization=True)

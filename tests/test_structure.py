@@ -21,7 +21,7 @@ MODULES = {
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
     ("calculations", "errors", "tensors"),
-    ("card", "folding", "names", "numbering", "ops", "strict_yaml", "values"),
+    ("card", "folders", "folding", "names", "numbering", "ops", "soundness", "strict_yaml", "values"),
     ("normalizers",),
     ("rows", "schema", "signature", "target", "readers"),
     ("mapping",),

@@ -55,6 +55,9 @@ def convert(
     fold_normalization: Annotated[
         bool, typer.Option("--fold-normalization", help="Put mean and std into the first convolution.")
     ] = False,
+    fold_batch_norms: Annotated[
+        bool, typer.Option("--fold-batch-norms", help="Put their scales into the convolutions before them.")
+    ] = False,
     purpose: Annotated[
         str, typer.Option("--for", help="model; features: names of a features_only model; deployment: branches fused.")
     ] = "model",
@@ -65,6 +68,9 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
     allow_deviation: Annotated[
         bool, typer.Option("--allow-deviation", help="Accept what timm computes only nearly, as the mapping declares.")
+    ] = False,
+    allow_nan: Annotated[
+        bool, typer.Option("--allow-nan", help="Accept weights that are NaN or infinite, and variances below zero.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -86,7 +92,8 @@ def convert(
     if in_chans is not None:
         args["in_chans"] = channels(in_chans)
     kept = class_list(classes) if classes else None
-    ways = Ways(resample, kept, alpha=in_chans == "rgba", fold=fold_normalization, bgr=bgr)
+    alpha = in_chans == "rgba"
+    ways = Ways(resample, kept, alpha, fold_normalization, fold_batch_norms, bgr)
     with progress_bar("converting") as progress:
         conversion = convert_checkpoint(
             ckpt,
@@ -105,6 +112,7 @@ def convert(
             dry_run=dry_run,
             overwrite=overwrite,
             allow_deviation=allow_deviation,
+            allow_nan=allow_nan,
             progress=progress,
         )
     if as_json:

@@ -1,18 +1,15 @@
-"""Records: runs of bytes in a file that have one CRC-32, which is checked before any of them is given out.
-
-Of a large one it is calculated by a second thread while the first one reads on.
-"""
+"""Records: runs of bytes in a file that have one CRC-32, which is checked before any of them is given out."""
 
 from __future__ import annotations
 
-import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from isal.isal_zlib import crc32
+
 from converters.errors import DamagedCheckpoint
-from converters.readers.files import CHUNK, PIECE, Seen
+from converters.readers.files import CHUNK, Seen
 
 __all__ = ["Bytes", "Record"]
 
@@ -43,44 +40,29 @@ class Record:
     def read(self, start: int, nbytes: int, tensor: str) -> memoryview:
         """Part of the record; the CRC-32, which is the whole record's, is checked before any part is given out."""
         if self.crc is not None and nbytes == self.nbytes:
-            checksum = _Checksum()
-            raw = self.file.read(self.offset, nbytes, tensor, checksum.add)
-            self._compare(checksum.result(), tensor)
-            return raw
-        raw = self.file.read(self.offset + start, nbytes, tensor)
+            return self._read_checked(tensor)
         if self.crc is not None and not self.checked:
-            crc = 0
-            for at in range(0, self.nbytes, CHUNK):
-                crc = zlib.crc32(self.file.read(self.offset + at, min(CHUNK, self.nbytes - at), tensor), crc)
-            self._compare(crc, tensor)
-            self.checked = True
+            self._check(tensor)
+        return self.file.read(self.offset + start, nbytes, tensor)
+
+    def _read_checked(self, tensor: str) -> memoryview:
+        crc = 0
+
+        def add(piece: memoryview) -> None:  # while it is in the processor's cache
+            nonlocal crc
+            crc = crc32(piece, crc)
+
+        raw = self.file.read(self.offset, self.nbytes, tensor, add)
+        self._compare(crc, tensor)
         return raw
+
+    def _check(self, tensor: str) -> None:
+        crc = 0
+        for at in range(0, self.nbytes, CHUNK):
+            crc = crc32(self.file.read(self.offset + at, min(CHUNK, self.nbytes - at), tensor), crc)
+        self._compare(crc, tensor)
+        self.checked = True
 
     def _compare(self, crc: int, tensor: str) -> None:
         if crc != self.crc:
             raise DamagedCheckpoint("its CRC-32 differs", file=self.file.path, tensor=tensor, cure="fetch it again")
-
-
-_BESIDE = ThreadPoolExecutor(1)
-
-
-class _Checksum:
-    """The CRC-32 of all pieces, in their order."""
-
-    def __init__(self) -> None:
-        self.crc, self.last = 0, Future[None]()
-        self.last.set_result(None)
-
-    def add(self, piece: memoryview) -> None:
-        if len(piece) < PIECE:
-            self.last.result()
-            self._add(piece)
-        else:
-            self.last = _BESIDE.submit(self._add, piece)
-
-    def _add(self, piece: memoryview) -> None:
-        self.crc = zlib.crc32(piece, self.crc)
-
-    def result(self) -> int:
-        self.last.result()
-        return self.crc

@@ -13,6 +13,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
+from isal.isal_zlib import crc32
+
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
 from converters.readers.files import Seen, SourceFile, Window
 from converters.readers.records import Record
@@ -73,7 +75,7 @@ class ZipArchive:
                 raw = zlib.decompressobj(-15).decompress(raw, info.file_size + 1)
             except zlib.error as error:
                 raise DamagedCheckpoint(f"its {printable(name)} does not inflate", file=self.file.path) from error
-        if len(raw) != info.file_size or (info.CRC and zlib.crc32(raw) != info.CRC):
+        if len(raw) != info.file_size or (info.CRC and crc32(raw) != info.CRC):
             raise DamagedCheckpoint(
                 f"the size or CRC-32 of its {printable(name)} differs", file=self.file.path, cure=AGAIN
             )

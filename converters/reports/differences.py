@@ -12,7 +12,7 @@ from converters.differences import Ailment, Difference, Pair
 from converters.errors import printable
 from converters.folding import fold
 from converters.reports.terminal import console
-from converters.tensors import TensorSpec
+from converters.tensors import TensorSpec, size_of
 
 __all__ = ["difference_document", "show_difference"]
 
@@ -113,7 +113,7 @@ def _apart(pair: Pair) -> float:
 
 
 def _shape(spec: TensorSpec) -> str:
-    return "x".join(map(str, spec.shape)) or "scalar"
+    return size_of(spec.shape)
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 
-from converters.emitter import new_folder
 from converters.errors import ConverterError, printable
+from converters.folders import new_folder
 from converters.mapping import load_mapping
 from converters.reports.dossier import Dossier, read_dossier
 from converters.verifier.recording import read_recording

@@ -22,6 +22,7 @@ from converters.plan import Plan
 from converters.readers import Checkpoint
 from converters.reports.divergence import divergence_lines, summary_lines
 from converters.reports.plans import fold_plan
+from converters.tensors import size_of
 
 if TYPE_CHECKING:
     from converters.checking import Check
@@ -106,7 +107,7 @@ def show_inspection(inspection: Inspection) -> None:
         alike.setdefault((spec.shape, spec.dtype), []).append(spec.name)
     rows = [(text, count, *key) for key, names in alike.items() for text, count in fold(names)]
     for text, count, shape, dtype in rows[:_MOST_ROWS]:
-        table.add_row(escape(printable(text)), str(count), "x".join(map(str, shape)) or "scalar", dtype)
+        table.add_row(escape(printable(text)), str(count), size_of(shape), dtype)
     console.print(table)
     if len(rows) > _MOST_ROWS:
         console.print(f"... and {len(rows) - _MOST_ROWS} rows more; --json lists every tensor")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from isal.isal_zlib import crc32
+
 from converters.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, printable
 from converters.readers import Contents
 from converters.readers.files import SourceFile
@@ -160,7 +162,7 @@ def _head(archive: ZipArchive, place: _Member) -> bytes:
 
 def _read(archive: ZipArchive, place: _Member, layout: _Layout) -> memoryview:
     whole = _inflate(archive, place) if place.is_deflated else archive.file.read(place.start, place.size, place.name)
-    if zlib.crc32(whole) != place.crc:
+    if crc32(whole) != place.crc:
         raise DamagedCheckpoint("its CRC-32 differs", file=archive.file.path, tensor=place.name, cure=AGAIN)
     raw, spec = whole[layout.at :], layout.spec
     if not (layout.is_fortran or layout.is_big_endian):

@@ -208,7 +208,7 @@ def _restored(config: Mapping[str, Any], path: str) -> list[np.ndarray]:
         roots = {"variables": model.variables}
     checkpoint = tf.train.Checkpoint(**roots) if roots else tf.train.Checkpoint(model)
     checkpoint.read(prefix).assert_existing_objects_matched().expect_partial()
-    return model.get_weights()  # type: ignore[no-any-return]
+    return model.get_weights()
 
 
 def _saved(job: Mapping[str, Any], precision: str) -> Any:

@@ -90,7 +90,7 @@ class TensorFlowGraph(NamedArrays):
         """As training leaves them: averages, which are the weights, beside raw ones, slots and a counter."""
         tf = _tensorflow()
         with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-            found = {}
+            found: dict[str, Any] = {}
             for name, array in arrays.items():
                 kinds = {"": np.full_like(array, 7), AVERAGE: array, "RMSProp": np.ones_like(array)}
                 found.update({f"{name}/{kind}".rstrip("/"): value for kind, value in kinds.items()})
@@ -120,7 +120,8 @@ class TensorFlowGraph(NamedArrays):
                 with tf_slim.arg_scope(getattr(module, self.model["scope"])(**scope_args)):
                     given = factory(images, **args)
             elif inspect.isclass(factory):
-                given = factory(**args)(images, **{switch: training})
+                model: Any = factory(**args)
+                given = model(images, **{switch: training})
             else:
                 given = factory(images, **{**args, switch: training})
             variables = {v.op.name: v for v in tf.compat.v1.global_variables() if v.op.name != "global_step"}

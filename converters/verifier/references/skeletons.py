@@ -26,7 +26,8 @@ def list_tensors(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> d
     checkpoint in the job's `folder` where the framework's saver makes them.
     """
     os.environ.setdefault("KERAS_BACKEND", "numpy")  # nothing is computed, and it builds a model in a tenth of the time
-    found, missing = [], {}
+    found: list[dict[str, Any]] = []
+    missing: dict[str, Exception] = {}
     for number, model in enumerate(job["models"]):
         try:
             if model["runner"] in missing:
