@@ -196,7 +196,7 @@ class _Draft:
             if len(fills) != 1:
                 self.problems.append(Problem("tie" if fills else "missing", name, spec, tuple(fills)))
             elif fills[0].value == "identity" and (len(spec.shape) < 2 or spec.shape[0] != spec.shape[1]):
-                self.problems.append(Problem("shape", name, spec, tuple(fills), f"{size_of(spec.shape)} is of no identity"))
+                self.problems.append(Problem("shape", name, spec, tuple(fills), f"{size_of(spec.shape)} in timm"))
             elif not isinstance(fills[0].value, int) and spec.kind != "float":
                 self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
