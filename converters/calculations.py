@@ -22,8 +22,10 @@ def constant(value: int | float | str, shape: tuple[int, ...], dtype: str) -> to
 
     if not isinstance(value, str):
         return torch.full(shape, value, dtype=getattr(torch, dtype))
-    tensor, channels = torch.zeros(shape, dtype=getattr(torch, dtype)), torch.arange(shape[0])
-    tensor[(channels, channels, *(size // 2 for size in shape[2:]))] = 1
+    tensor = torch.zeros(shape, dtype=getattr(torch, dtype))
+    middle = [size // 2 for size in shape[2:]]
+    for channel in range(shape[0]):
+        tensor[(channel, channel, *middle)] = 1
     return tensor
 
 
