@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import MappingError
-from converters.names import Pattern, Template
+from converters.names import Pattern, Template, split
 from converters.ops import IDENTITY, Pipeline
 from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Way
 from converters.schema import (
@@ -270,7 +270,7 @@ def _leaves(layout: str | dict[str, str | list[str]], lines: Lines) -> Leaves:
     if framework not in layouts:
         raise lines.error(f"leaves.yaml has no layout `{framework}`", "leaves", cure=f"there are {known}")
     try:
-        return layouts[framework] | {leaf: _ways_of(ways) for leaf, ways in own.items()}
+        return layouts[framework] | {"/".join(split(leaf)): _ways_of(ways) for leaf, ways in own.items()}
     except ValueError as error:
         raise lines.error(str(error), "leaves") from None
 

@@ -97,8 +97,8 @@ def follow(
         raise Homeless(str(error)) from error
     if not item.match.rest:
         return names, way.ops
-    leaf = _leaf(mapping, item)
-    tail = ".".join((*item.match.rest[:-1], leaf.name))
+    modules, leaf = _leaf(mapping, item.match.rest, len(item.spec.shape))
+    tail = ".".join((*modules, leaf.name))
     return tuple(f"{name}.{tail}" for name in names), leaf.ops + way.ops
 
 
@@ -110,13 +110,12 @@ def _way(rule: Rule, captures: dict[str, Any], existing: Existing, numbered: set
     raise Homeless("no way of this row has a guard that holds")
 
 
-def _leaf(mapping: Mapping, item: Route) -> Leaf:
-    assert item.match
-    leaf, rank = item.match.rest[-1], len(item.spec.shape)
-    ways = mapping.leaves.get(leaf)
-    if ways is None:
-        return Leaf(leaf, IDENTITY, None)
-    for way in ways:
-        if way.rank in (None, rank):
-            return way
-    raise Homeless(f"leaves.yaml has no layout for a `{leaf}` of rank {rank}")
+def _leaf(mapping: Mapping, rest: tuple[str, ...], rank: int) -> tuple[tuple[str, ...], Leaf]:
+    """The modules before a leaf, and the leaf: the longest ending of the name that the layout has, or its last part."""
+    for start in range(len(rest)):
+        if ways := mapping.leaves.get("/".join(rest[start:])):
+            for way in ways:
+                if way.rank in (None, rank):
+                    return rest[:start], way
+            raise Homeless(f"leaves.yaml has no layout for a `{'/'.join(rest[start:])}` of rank {rank}")
+    return rest[:-1], Leaf(rest[-1], IDENTITY, None)

@@ -119,7 +119,8 @@ class MappingFile(_Strict):
 
     targets: Annotated[dict[str, dict[str, Any] | None], _SOME] | Literal["any", "none"]  # none: all are refused
     detect: Annotated[list[str | Annotated[list[str], _SOME]], _SOME]  # all must hold; of an inner list, one
-    leaves: str | dict[str, str | Annotated[list[str], _SOME]] = "torch"  # `like:` another layout, and some of its own
+    # `like:` another layout, and some of its own, `Norm/beta` for one in a module that goes with it
+    leaves: str | dict[str, str | Annotated[list[str], _SOME]] = "torch"
     rules: dict[str, str | RowFile | Annotated[list[str | RowFile], _SOME]] = {}
     target_args: dict[str, Any] = {}  # `$name` stands for a value of the target's row
     strip: str | list[str] = []

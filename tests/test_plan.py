@@ -162,6 +162,15 @@ def test_closes(plan, case):
     assert written(closed) == expected
 
 
+def test_a_leaf_may_lie_in_a_module_that_goes_with_it(plan):
+    own = "{like: keras, kernel: conv.weight | i o -> o i, Norm/beta: bn.bias, Norm.x/gamma: bn.x.weight}"
+    head = f"targets: {{resnet18: }}\ndetect: [a]\nleaves: {own}\n"
+    sources = "a/kernel=2x3 a/Norm/beta=3 a/Norm/gamma=3 a/Norm/x/gamma=3"
+    closed = plan("rules: {a: b}", sources, "b.conv.weight=3x2 b.bn.bias=3 b.Norm.weight=3 b.bn.x.weight=3", head)
+    assert isinstance(closed, Plan), closed
+    assert list(written(closed)) == ["b.conv.weight", "b.bn.bias", "b.Norm.weight", "b.bn.x.weight"]
+
+
 def test_steps_keep_the_dtype_of_the_source(plan):
     closed = plan(rules("a: b\n\nfill: {b.s: 0.5}"), "a.w=2:float16 a.n=:int32", "b.w=2 b.n=:int64 b.s=1")
     assert [step.target.dtype for step in closed.steps] == ["float16", "int32", "float32"]

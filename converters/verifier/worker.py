@@ -24,7 +24,7 @@ import numpy as np
 
 from converters.errors import ReferenceFailed, printable
 from converters.verifier.recording import Recording, read_recording
-from converters.verifier.references.__main__ import RUNNERS
+from converters.verifier.references.__main__ import ASIDE, RUNNERS
 
 __all__ = ["REFERENCES", "Workers", "run_reference", "run_task", "write_inputs"]
 
@@ -46,9 +46,10 @@ class Workers:
         while self.kept:
             self.kept.popitem()[1].end()
 
-    def hire(self, executable: str, runner: str, memory: int | None) -> _Kept:
-        """The one that has the runner's framework and this limit of memory, or a new one."""
-        key = executable, RUNNERS.get(runner), memory
+    def hire(self, executable: str, job: Mapping[str, Any], memory: int | None) -> _Kept:
+        """The one that has the framework of the job's runner and this limit of memory, or a new one."""
+        module = RUNNERS.get(job["runner"])
+        key = executable, module, memory, (job.get("task"), module) in ASIDE
         worker = self.kept.pop(key, None)
         if worker and worker.process.poll() is not None:
             worker.end()
@@ -117,7 +118,7 @@ def _work(
     source, limits = job.get("source", {}).get("file"), {"seconds": timeout, "bytes": memory}
     (folder / "job.json").write_text(json.dumps({**job, "limits": limits}), encoding="utf-8")
     if workers:
-        worker = workers.hire(executable, job["runner"], memory)
+        worker = workers.hire(executable, job, memory)
         code, log = worker.do(folder, timeout), worker.log
     else:
         code, log = _run([executable, str(REFERENCES), str(folder)], folder, timeout), folder / "log"

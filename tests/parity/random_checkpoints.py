@@ -5,22 +5,21 @@ write_checkpoint({"framework": "mmdet", "model": {"type": "ResNet", "depth": 18}
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.verifier.worker import run_task
+from converters.verifier.worker import Workers, run_task
 
 __all__ = ["write_checkpoint"]
 
 
-def write_checkpoint(spec: Mapping[str, Any], out: Path, python: str = sys.executable) -> Path:
+def write_checkpoint(spec: Mapping[str, Any], out: Path, workers: Workers | None = None) -> Path:
     """Write the checkpoint at `out`, whose suffix chooses Keras's form: .weights.h5, .keras or .h5.
 
     `framework` is the runner; `wrap: detector` puts the model under `backbone.`, beside a neck and a head.
     """
     prefix = "backbone." if spec.get("wrap") == "detector" else ""
     job = {"task": "write_weights", "runner": spec["framework"], "prefix": prefix, **spec, "out": str(out.absolute())}
-    run_task(job, python=python)
+    run_task(job, workers=workers)
     return out

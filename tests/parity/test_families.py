@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from converters.cli import app
 from converters.verifier import verify
+from converters.verifier.worker import Workers
 
 SWIN = {"embed_dims": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
 
@@ -63,15 +64,15 @@ CASES: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {  # spec, f
         {"num_classes": 0},
     ),
     "mmdet resnet v1d": (
-        detector({"type": "ResNetV1d", "depth": 50}),
+        detector({"type": "ResNetV1d", "depth": 18}),
         "mmlab/resnet",
-        "resnet50d",
+        "resnet18d",
         {"num_classes": 0},
     ),
     "mmpretrain resnet v1d classifier": (
-        classifier({"type": "ResNetV1d", "depth": 50}, 2048),
+        classifier({"type": "ResNetV1d", "depth": 18}, 512),
         "mmlab/resnet",
-        "resnet50d",
+        "resnet18d",
         {"num_classes": 10},
     ),
     "mmseg resnet v1c": (
@@ -103,19 +104,16 @@ def command(*words: Any, code: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_family_computes_its_references_function(case: str, tmp_path: Path) -> None:
+def test_a_family_computes_its_references_function(case: str, workers: Workers, tmp_path: Path) -> None:
     spec, family, target, args = CASES[case]
     suffix = ".weights.h5" if spec["framework"] == "keras" else ".pth"
-    source = write_checkpoint(spec, tmp_path / f"source{suffix}")
-    size = ["--img-size", 64] if spec["framework"] == "keras" else []
+    source = write_checkpoint(spec, tmp_path / f"source{suffix}", workers)
+    size = {"keras/mobilenet_v2": ["--img-size", 64], "mmlab/resnet": ["--img-size", 96], "mmlab/swin": []}[family]
     document = command("convert", source, "-o", tmp_path / "out", *size)
     assert (document["family"], document["target"]["architecture"]) == (family, target)
     assert document["target"]["args"] == args
-    if case in FAULTS:
-        recording = tmp_path / "recording.npz"
-        verdict = json.loads(verify(tmp_path / "out", source, keep=recording).to_json())
-    else:
-        verdict = command("verify", tmp_path / "out", "--source", source)
+    recording = tmp_path / "recording.npz"
+    verdict = json.loads(verify(tmp_path / "out", source, keep=recording, workers=workers).to_json())
     assert verdict["passed"] and verdict["precision"] == "float64", verdict
     assert not verdict["warnings"]
     check_inside(verdict, document["modules"], alone=4 if spec["framework"] == "keras" else 0)
@@ -155,11 +153,11 @@ def damage(folder: Path, name: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_corrupted_conversion_fails(tmp_path: Path) -> None:
+def test_a_corrupted_conversion_fails(workers: Workers, tmp_path: Path) -> None:
     """The same comparison must be able to fail: two channels of one weight exchanged, in the written file."""
     spec = CASES["mmdet resnet in a detector"][0]
-    source = write_checkpoint(spec, tmp_path / "source.pth")
-    command("convert", source, "-o", tmp_path / "out")
+    source = write_checkpoint(spec, tmp_path / "source.pth", workers)
+    command("convert", source, "-o", tmp_path / "out", "--img-size", 96)
     damage(tmp_path / "out", "layer3.0.conv2.weight")
     verdict = command("verify", tmp_path / "out", "--source", source, code=3)
     failed = {one["output"] for one in verdict["comparisons"] if not one["passed"]}
@@ -243,17 +241,18 @@ def test_a_features_only_vit_comes_home(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(model(x), loaded(x), strict=True))
 
 
-def test_a_caffe_style_is_refused_where_the_file_says_so(tmp_path: Path) -> None:
-    source = write_checkpoint(detector({"type": "ResNet", "depth": 50, "style": "caffe"}), tmp_path / "source.pth")
+def test_a_caffe_style_is_refused_where_the_file_says_so(workers: Workers, tmp_path: Path) -> None:
+    style = detector({"type": "ResNet", "depth": 50, "style": "caffe"})
+    source = write_checkpoint(style, tmp_path / "source.pth", workers)
     done = subprocess.run(
         [sys.executable, "-m", "converters", "convert", source, "-o", tmp_path / "out"], capture_output=True, text=True
     )
     assert done.returncode == 1 and "1x1 convolution" in done.stderr and not (tmp_path / "out").exists()
     state = torch.load(source, weights_only=True)["state_dict"]
     torch.save(state, tmp_path / "bare.pth")  # now nothing can tell: converted, and said so
-    document = command("convert", tmp_path / "bare.pth", "-o", tmp_path / "out")
+    document = command("convert", tmp_path / "bare.pth", "-o", tmp_path / "out", "--img-size", 96)
     assert any("caffe" in caveat for caveat in document["caveats"])
     assert "caffe" in (tmp_path / "out" / "README.md").read_text()
-    verdict = verify(tmp_path / "out", tmp_path / "bare.pth")
+    verdict = verify(tmp_path / "out", tmp_path / "bare.pth", workers=workers)
     assert verdict.passed  # against MMDetection's default style, which these weights then have
     assert np.isfinite([max(one.sample_errors) for one in verdict.comparisons]).all()

@@ -13,9 +13,11 @@ from converters.tensors import to_torch
 from converters.verifier.worker import run_reference, run_task
 
 GRAPH = """
+import numpy as np
 import tensorflow.compat.v1 as tf
 
 def net(images, width, is_training):
+    assert images.shape[0].value
     with tf.variable_scope("Net"), tf.variable_scope("Conv"):
         kernel = tf.get_variable("weights", (1, 1, 3, width), images.dtype)
         with tf.variable_scope("BatchNorm"):
@@ -24,10 +26,8 @@ def net(images, width, is_training):
             gamma, beta, mean, variance = map(one, names)
         x = tf.nn.conv2d(images, kernel, 1, "SAME")
         how = {} if is_training else {"mean": mean, "variance": variance}
-        if is_training:
-            return tf.nn.fused_batch_norm(x, gamma, beta, epsilon=1e-3, is_training=True)[0]
-        x = gamma * (x - mean) / tf.sqrt(variance + 1e-3) + beta
-        return x, {"double": 2 * x}
+        x = tf.nn.fused_batch_norm(x, gamma, beta, epsilon=1e-3, is_training=is_training, **how)[0]
+        return x, {"third": x * np.float32(1 / 3)}
 """
 MODULE = """
 import flax.linen as nn
@@ -76,7 +76,7 @@ def answers(tmp_path: Path, monkeypatch):
 
 def test_a_graph_of_tensorflow_1(answers):
     model = {"factory": "net", "args": {"width": 7}, "size": [16, 16, 3]}
-    recording, checkpoint, tensors, x = answers(GRAPH, "tensorflow", model, ["0", "double"], ".ckpt")
+    recording, checkpoint, tensors, x = answers(GRAPH, "tensorflow", model, ["0", "third"], ".ckpt")
     assert checkpoint.wrappers == ("ExponentialMovingAverage",)  # the raw ones are all 7
     norm = {name.rpartition("/")[2]: tensor.astype(np.float64) for name, tensor in tensors.items()}
     kernel = norm["weights"][0, 0]
@@ -85,7 +85,7 @@ def test_a_graph_of_tensorflow_1(answers):
     right = norm["gamma"] * x + norm["beta"]
     found = recording.outputs["float64"]["x"]
     np.testing.assert_allclose(found["0"], right, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(found["double"], 2 * right, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(found["third"], right / 3, rtol=1e-10, atol=1e-12)
     seen = np.random.default_rng(0).standard_normal([8, 3, 16, 16]).astype("float32").transpose(0, 2, 3, 1) @ kernel
     ratio = norm["moving_variance"] / seen.var((0, 1, 2))
     assert 0.69 < ratio.min() < ratio.max() < 1.41  # a batch's, and then moved

@@ -144,6 +144,14 @@ def test_workers_are_kept_and_ended():
     assert all(process.poll() is not None for process in processes)
 
 
+def test_what_lists_keras_models_computes_with_none():
+    with Workers() as workers:
+        list_nothing("keras", workers=workers)
+        (listing,) = workers.kept.values()
+        assert workers.hire(sys.executable, {"runner": "keras"}, None) is not listing
+        assert list_nothing("keras", workers=workers) == {"models": []} and len(workers.kept) == 2
+
+
 def test_a_kept_worker_that_fails_is_one_line_and_is_replaced(tmp_path):
     once = str(tmp_path / "once")
     code = f"if not os.path.exists({once!r}): open({once!r}, 'w'); print('oh', flush=True); os._exit(3)"

@@ -53,7 +53,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["RUNNERS", "main", "serve"]
+__all__ = ["ASIDE", "RUNNERS", "main", "serve"]
 
 RUNNERS = {
     "mmdet": "run_mmlab",
@@ -70,6 +70,7 @@ RUNNERS = {
     "python": "run_python",
 }
 TASKS = {"list_tensors": "skeletons", "write_weights": "random_weights"}  # function: its module
+ASIDE = {("list_tensors", "run_keras")}  # these load a framework as no other job can use it: Keras to compute nothing
 PRECISIONS = ("float64", "float32")  # only the last must succeed
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",

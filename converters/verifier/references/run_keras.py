@@ -1,8 +1,9 @@
 """Reference runner for Keras applications, and for saved models of the user's own.
 
-`model` is {"application": NAME, "args": {...}}: a constructor of keras.applications and its arguments. The model is
-built from that code and filled by its own `load_weights`, which reads no config, or by TensorFlow's `read`. Or it
-is {"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
+`model` is {"application": NAME, "args": {...}, "rename": {...}}: a constructor of keras.applications, its arguments,
+and how another release calls its layers, as patterns of `re` and what stands in their place. The model is built from
+that code and filled by its own `load_weights`, which reads no config, or by TensorFlow's `read`. Or it is
+{"file": PATH}, a whole saved model, whose config is executed, in Keras's safe mode, for a job with `trust` only;
 without it an application stands in, if one is named too.
 It runs in float64 on TensorFlow; other backends compute parts of it in float32 and offer that alone.
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial, wraps
+from contextlib import nullcontext
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import numpy as np
@@ -60,10 +62,10 @@ def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
 
 
 class Modules:
-    """A model's layers; see torch_modules.py. An activation of four axes is given as NCHW."""
+    """A model's layers, their names with dots; see torch_modules.py. An activation of four axes is given as NCHW."""
 
     def __init__(self, model: Any, run: Callable[[np.ndarray], Any]) -> None:
-        self.model, self.run, self.layers = model, run, {layer.name: layer for layer in _layers(model)}
+        self.model, self.run, self.layers = model, run, {_dotted(layer.name): layer for layer in _layers(model)}
 
     def find(self, name: str) -> Any:
         """The layer of that name, or None."""
@@ -98,10 +100,10 @@ class Modules:
     def describe(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What each of these layers declares, under torch's names."""
         found = {}
-        for layer in (self.layers[name] for name in names if name in self.layers):
+        for name, layer in ((name, self.layers[name]) for name in names if name in self.layers):
             values = {ours: getattr(layer, own, None) for own, ours in DECLARED.items()}
-            plain = {name: _plain(value) for name, value in values.items() if value is not None}
-            found[layer.name] = {"kind": type(layer).__name__, **plain}
+            plain = {ours: _plain(value) for ours, value in values.items() if value is not None}
+            found[name] = {"kind": type(layer).__name__, **plain}
         return found
 
 
@@ -123,6 +125,10 @@ def behind_preprocessing(model: Any, outputs: Any) -> Any:
     return keras.Model(entry, outputs)
 
 
+def _dotted(name: str) -> str:
+    return name.replace("/", ".")
+
+
 def _layers(model: Any) -> Iterator[Any]:
     """The layers, and those of models among them."""
     for layer in model.layers:
@@ -132,7 +138,7 @@ def _layers(model: Any) -> Iterator[Any]:
 
 def _behind(model: Any, name: str) -> Any:
     """The first layer that takes what the layer of that name gives, and nothing else."""
-    given = next((layer.output for layer in model.layers if layer.name == name), None)
+    given = next((layer.output for layer in model.layers if _dotted(layer.name) == _dotted(name)), None)
     takers = (layer for layer in model.layers if given is not None and getattr(layer, "input", None) is given)
     return next(takers, None)
 
@@ -188,9 +194,14 @@ def construct(job: Mapping[str, Any]) -> Any:
 
 
 def build_model(config: Mapping[str, Any], precision: str) -> Any:
-    """The application as its constructor leaves it."""
+    """The application as its constructor leaves it, with the names that are asked for."""
     keras = _keras(precision)
-    return getattr(keras.applications, config["application"])(**{"weights": None, **config.get("args", {})})
+    model = getattr(keras.applications, config["application"])(**{"weights": None, **config.get("args", {})})
+    for layer in model.layers if "rename" in config else ():
+        for pattern, name in config["rename"].items():
+            layer.name = re.sub(pattern, name, layer.name)
+        object.__setattr__(layer, "_open_name_scope", nullcontext)  # which takes no `/`, as older releases did
+    return model
 
 
 def _restored(config: Mapping[str, Any], path: str) -> list[np.ndarray]:
@@ -244,10 +255,26 @@ def _keras(precision: str) -> Any:
 
     if precision == "float64" and keras.backend.backend() != "tensorflow":
         raise TypeError(f"Keras on {keras.backend.backend()} computes parts of it in float32")
+    if keras.backend.backend() == "tensorflow":
+        _set_up_tensorflow()
     keras.utils.clear_session()  # layers are numbered by how many came before
     keras.config.set_floatx(precision)
     keras.config.set_dtype_policy(precision)
     return keras
+
+
+@lru_cache(maxsize=1)
+def _set_up_tensorflow() -> None:
+    """For exactness: Python's numbers become float64 at once, and not by way of float32, as its GELU has it.
+
+    For speed: functions run as they are; XLA would compile each convolution in groups, time and again.
+    """
+    import tensorflow as tf
+    from tensorflow.python.ops import math_ops
+
+    cast = math_ops.cast
+    math_ops.cast = lambda x, *args, **kwargs: cast(np.float64(x) if isinstance(x, float) else x, *args, **kwargs)
+    tf.config.run_functions_eagerly(True)
 
 
 def _backend() -> str:

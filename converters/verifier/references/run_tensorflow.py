@@ -11,13 +11,16 @@ Outputs: "0" or "logits", or the name of an endpoint; of one pixel each, as a ve
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from named_arrays import NamedArrays
@@ -56,25 +59,26 @@ class TensorFlowGraph(NamedArrays):
 
     def __init__(self, model: Mapping[str, Any], precision: str) -> None:
         self.model, self.precision = model, precision
-        self.sessions: dict[Any, Any] = {}  # by the size of an input
-        _, _, _, variables = self._graph(model.get("size", SIZE), training=False)
+        self.sessions: dict[Any, Any] = {}  # by the shape of an input
+        _, _, _, variables = self._graph((1, *model.get("size", SIZE)), training=False)
         self.shapes = {name: tuple(variable.shape.as_list()) for name, variable in variables.items()}
 
     def run(self, arrays: Mapping[str, np.ndarray], x: np.ndarray, outputs: Any) -> dict[str, np.ndarray]:
         """The outputs of a batch, NCHW."""
-        size = *x.shape[2:], x.shape[1]
-        if size not in self.sessions:
-            graph, images, given, variables = self._graph(size, training=False)
-            self.sessions[size] = self._session(graph, variables, arrays), images, given
-        session, images, given = self.sessions[size]
+        x = x.transpose(0, 2, 3, 1)
+        if x.shape not in self.sessions:
+            graph, images, given, variables = self._graph(x.shape, training=False)
+            self.sessions[x.shape] = self._session(graph, variables, arrays), images, given
+        session, images, given = self.sessions[x.shape]
         logits, endpoints = given if isinstance(given, tuple) else (given, {})
         wanted = {name: {"0": logits, "logits": logits, **endpoints}[name] for name in outputs}
-        found = session.run(wanted, {images: x.transpose(0, 2, 3, 1)})
+        found = session.run(wanted, {images: x})
         return {name: a.reshape(a.shape[0], -1) if a.shape[1:-1] == (1, 1) else a for name, a in found.items()}
 
     def statistics(self, arrays: Mapping[str, np.ndarray], batch: np.ndarray) -> dict[str, np.ndarray]:
         """What every batch norm sees while the graph trains."""
-        graph, images, _, variables = self._graph((*batch.shape[2:], batch.shape[1]), training=True)
+        batch = batch.transpose(0, 2, 3, 1)
+        graph, images, _, variables = self._graph(batch.shape, training=True)
         wanted = {}
         for operation in graph.get_operations():
             if FUSED.fullmatch(operation.type):
@@ -83,7 +87,7 @@ class TensorFlowGraph(NamedArrays):
                     there = [f"{owner}/{name}" for owner in owners if f"{owner}/{name}" in variables]
                     wanted.update(dict.fromkeys(there, operation.outputs[output]))
         session = self._session(graph, variables, arrays)
-        found: dict[str, np.ndarray] = session.run(wanted, {images: batch.transpose(0, 2, 3, 1)})
+        found: dict[str, np.ndarray] = session.run(wanted, {images: batch})
         return found
 
     def save(self, arrays: Mapping[str, np.ndarray], path: str) -> None:
@@ -95,13 +99,14 @@ class TensorFlowGraph(NamedArrays):
                 kinds = {"": np.full_like(array, 7), AVERAGE: array, "RMSProp": np.ones_like(array)}
                 found.update({f"{name}/{kind}".rstrip("/"): value for kind, value in kinds.items()})
             found["global_step"] = np.int64(350)
-            variables = [tf.compat.v1.Variable(value, name=name, use_resource=False) for name, value in found.items()]
-            named = {variable.op.name: variable for variable in variables}
-            session.run(tf.compat.v1.global_variables_initializer())
+            given = {name: tf.compat.v1.placeholder(value.dtype, value.shape) for name, value in found.items()}
+            named = {name: tf.compat.v1.Variable(one, name=name, use_resource=False) for name, one in given.items()}
+            initializer = tf.compat.v1.global_variables_initializer()
+            session.run(initializer, {one: found[name] for name, one in given.items()})
             tf.compat.v1.train.Saver(named).save(session, path, write_meta_graph=False, write_state=False)
 
-    def _graph(self, size: Any, training: bool) -> Any:
-        """A graph, its input, what the factory gives, and the variables by their names."""
+    def _graph(self, shape: Any, training: bool) -> Any:
+        """A graph for a batch of this shape, its input, what the factory gives, and the variables by their names."""
         tf = _tensorflow()
         module: Any = importlib.import_module(self.model["module"])
         args, scope_args = dict(self.model.get("args", {})), dict(self.model.get("scope_args", {}))
@@ -111,9 +116,9 @@ class TensorFlowGraph(NamedArrays):
             table.update({switch: training} if switch in table else {})
         factory = getattr(module, self.model["factory"])
         graph = tf.Graph()
-        with graph.as_default():
+        with graph.as_default(), _in_precision(module, self.precision):
             tf.compat.v1.set_random_seed(0)
-            images = tf.compat.v1.placeholder(self.precision, (None, *size))
+            images = tf.compat.v1.placeholder(self.precision, shape)
             if "scope" in self.model:
                 import tf_slim
 
@@ -154,6 +159,25 @@ def _tensorflow() -> Any:
 def _named(value: Any, module: Any) -> Any:
     """An argument; {"attribute": NAME} is what the module has by that name."""
     return getattr(module, value["attribute"]) if isinstance(value, dict) and value.keys() == {"attribute"} else value
+
+
+@contextlib.contextmanager
+def _in_precision(module: Any, precision: str) -> Iterator[None]:
+    """In float64 so is, for the while, what its code has in float32: np.float32, and the fused kernel of a norm."""
+    if precision == "float32":
+        yield
+        return
+    tf = _tensorflow()
+    numpy = types.SimpleNamespace(**{**vars(np), "float32": np.float64})
+
+    def normalize(x: Any, scale: Any, offset: Any, mean: Any, variance: Any, epsilon: float, **_settings: Any) -> Any:
+        return tf.nn.batch_normalization(x, mean, variance, offset, scale, epsilon), mean, variance
+
+    with contextlib.ExitStack() as patched:
+        if hasattr(module, "np"):
+            patched.enter_context(mock.patch.object(module, "np", numpy))
+        patched.enter_context(mock.patch.object(tf.compat.v1.nn, "fused_batch_norm", normalize))
+        yield
 
 
 def _variable(tensor: Any) -> str:
