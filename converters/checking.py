@@ -7,8 +7,9 @@ checkpoint of random weights, which is converted and verified, and so are mutant
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ Answer = Closing | Unbuilt | None  # None: another reference answers for that ch
 class Case:
     """A target with one of the references, and what came of it.
 
-    exact          the same function in float64, and every mutant is another one
+    exact          the same function in float64; mutants, where some were tried, are all other ones
     nearly         the same, in float32 or within the deviation that the mapping declares; so are no mutants
     unproven       the same function, but so are mutants
     failed         another function, or none
@@ -97,6 +98,7 @@ def check(
     *,
     targets: Sequence[str] = (),
     everything: bool = False,
+    largest: float = math.inf,
     parity: bool = True,
     img_size: int | None = None,
     python: str | None = None,
@@ -106,10 +108,10 @@ def check(
 ) -> Check:
     """Check a family, or a mapping file by its path, on some of its `targets` or on all.
 
-    `everything` has parity run on every target, `parity=False` on none; `img_size` in pixels is for models that
-    take any size. `python` is the interpreter that has the source framework, `timeout` in seconds is for each of
-    its runs, which `workers` do, if they are to live on. Raises ConverterError when the mapping cannot be read or the
-    framework is not there.
+    `everything` has parity run on every target of up to `largest` parameters, without mutants where a smaller target
+    has them; `parity=False` on none. `img_size` in pixels is for models that take any size. `python` is the
+    interpreter that has the source framework, `timeout` in seconds is for each of its runs, which `workers` do, if
+    they are to live on. Raises ConverterError when the mapping cannot be read or the framework is not there.
     """
     tell = progress or (lambda step: None)
     mapping = load_mapping(family)
@@ -128,11 +130,14 @@ def check(
             again = [pose(mapping, *at, None) for at, answer in answers.items() if _unsettled(answer)]
             answers |= _answer(mapping, list(filter(None, again)), folder, ways)
         cases = dict(_cases(mapping, answers))
-        closings = [one for one in answers.values() if isinstance(one, Closing)]
-        seen = [(one.routes, one.plan) for one in closings]
-        for closing in _worth_proving(closings, everything) if parity else ():
+        answered = [one for one in answers.values() if isinstance(one, Closing)]
+        seen = [(one.routes, one.plan) for one in answered]
+        closings = [one for one in answered if one.outcome == "closes"]
+        smallest = _smallest(closings) if parity else []
+        more = [one for one in closings if one not in smallest and one.question.parameters <= largest]
+        for closing in smallest + more * (parity and everything):
             tell(f"proving {closing.question.target}")
-            case, routes = _prove(mapping, closing, img_size, folder, ways)
+            case, routes = _prove(mapping, closing, img_size, folder, ways, mutants=closing in smallest)
             cases[case.target, closing.question.number] = case
             seen.append((routes, None))
     if not targets:
@@ -174,17 +179,16 @@ def _case(mapping: Mapping, closing: Closing) -> Case:
     return Case(question.target, closing.outcome, *where, closing.detail, question.parameters)
 
 
-def _worth_proving(closings: Sequence[Closing], everything: bool) -> list[Closing]:
-    """Those that close: all, or of each reference the one with the fewest parameters."""
-    closed = [one for one in closings if one.outcome == "closes"]
+def _smallest(closings: Iterable[Closing]) -> list[Closing]:
+    """Of each reference the one with the fewest parameters."""
     smallest: dict[int, Closing] = {}
-    for one in sorted(closed, key=lambda one: one.question.parameters):
+    for one in sorted(closings, key=lambda one: one.question.parameters):
         smallest.setdefault(one.question.number, one)
-    return closed if everything else list(smallest.values())
+    return list(smallest.values())
 
 
 def _prove(
-    mapping: Mapping, closing: Closing, img_size: int | None, folder: Path, ways: dict[str, Any]
+    mapping: Mapping, closing: Closing, img_size: int | None, folder: Path, ways: dict[str, Any], mutants: bool
 ) -> tuple[Case, tuple[Route, ...]]:
     """The case with its verdict, and the routes of the checkpoint that was written; small images are tried first."""
     question, start = closing.question, time.monotonic()
@@ -197,7 +201,7 @@ def _prove(
     whole = question if img_size or not question.img_size else pose(*at, None)
     for one in dict.fromkeys(filter(None, (smaller, question, whole))):
         try:
-            routes, verdict = _compare(mapping, replace(closing, question=one), folder, ways)
+            routes, verdict = _compare(mapping, replace(closing, question=one), folder, ways, mutants)
         except ConverterError as error:
             outcome, verdict, detail = "failed", None, str(error)
             continue
@@ -211,7 +215,7 @@ def _prove(
 
 
 def _compare(
-    mapping: Mapping, closing: Closing, folder: Path, ways: dict[str, Any]
+    mapping: Mapping, closing: Closing, folder: Path, ways: dict[str, Any], mutants: bool
 ) -> tuple[tuple[Route, ...], Verdict]:
     """A checkpoint of random weights, written, converted and verified. Raises ConverterError."""
     question, block = closing.question, closing.question.block
@@ -224,7 +228,7 @@ def _compare(
         if question.rebuilt:  # such shapes may be another target's
             how = {"family": mapping.name, "target": question.target}
         done = convert(source, out, **how, img_size=question.img_size, overwrite=True, allow_deviation=True)
-        return route(mapping, done.checkpoint.specs), verify(out, source, mutants=True, quick=True, **ways)
+        return route(mapping, done.checkpoint.specs), verify(out, source, mutants=mutants, quick=True, **ways)
     finally:
         source.unlink(missing_ok=True)
 

@@ -1,16 +1,19 @@
 """Write COVERAGE.md: what has been shown of every target of every family, and when.
 
-    python tools/coverage.py [FAMILY...] [--all]
+    python tools/coverage.py [FAMILY...] [--all | --up-to MILLIONS]
 
-checks the families (see converters/checking.py): every target is closed, and the smallest of each reference, or
-with --all each, is run against the source framework, with mutants. Results are kept in tools/coverage/, a file for
+checks the families (see converters/checking.py): every target is closed, and the smallest of each reference is run
+against the source framework, with mutants; with --all each is run, or each of up to so many million parameters,
+except for families of which all that is known already. Results are kept in tools/coverage/, a file for
 each family, from which the table is rendered; one of parity stays until its mapping changes. `--render` runs nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
@@ -31,8 +34,9 @@ HEAD = """# Coverage
 What `timmport check` has shown, without anybody's weights. tools/coverage.py writes this file.
 
 - **exact**: random weights, written by the source framework's own saver, gave the same outputs and activations on
-  both sides. The worst error is relative to the largest value of a sample; 1e-10 passes. Mutants of the conversion
-  all failed, the one that is hardest to detect by the smallest margin, in multiples of what passes.
+  both sides. The worst error is relative to the largest value of a sample; 1e-10 passes. For the smallest target of
+  each reference, mutants of the conversion all failed, the one that is hardest to detect by the smallest margin, in
+  multiples of what passes.
 - **nearly**: the same with a weaker gate: the framework computes in float32 only, or the mapping declares a deviation.
 - **closes**: every tensor that the source framework's model has is used or dropped for a written reason, and every
   tensor of timm's has one origin; the functions were not compared.
@@ -44,7 +48,7 @@ Row = dict[str, Any]
 
 def rows_of(found: Check, today: str) -> list[Row]:
     """A row for each case."""
-    sha256 = hashlib.sha256(found.mapping.path.read_bytes()).hexdigest()
+    sha256 = digest_of(found.mapping.path)
     return [
         {
             "family": found.mapping.name,
@@ -59,6 +63,10 @@ def rows_of(found: Check, today: str) -> list[Row]:
         }
         for case in found.cases
     ]
+
+
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def reference_of(case: Case) -> str:
@@ -118,18 +126,32 @@ def figure(value: float | None, form: str) -> str:
     return "" if value is None else "0" if value == 0 else f"{value:{form}}"
 
 
-def run(families: Iterable[str], everything: bool) -> Iterator[Check]:
+def run(families: Iterable[str], largest: float) -> Iterator[Check]:
     """The checks, on workers that they share."""
     with Workers() as workers:
         for family in families:
-            tell = partial(print, f"{family}:")
-            yield check(family, everything=everything, workers=workers, progress=tell)
+            tell = partial(print, f"{family}:", flush=True)
+            if largest and all_known(family):
+                tell("all of it is known")
+            else:
+                yield check(family, everything=largest > 0, largest=largest, workers=workers, progress=tell)
 
 
-def main(words: list[str]) -> int:
-    families = [word for word in words if not word.startswith("-")] or list(find_mappings())
+def all_known(family: str) -> bool:
+    """Whether parity has been shown of every target, for the mapping as it stands."""
+    rows, sha256 = read_results().get(family, []), digest_of(load_mapping(family).path)
+    return all(row["outcome"] in ("exact", "nearly") and row["family_sha256"] == sha256 for row in rows)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", default=list(find_mappings()), metavar="FAMILY")
+    parser.add_argument("--all", action="store_const", dest="up_to", const=math.inf, default=0)
+    parser.add_argument("--up-to", type=float, metavar="MILLIONS")
+    parser.add_argument("--render", action="store_true")
+    given = parser.parse_args(arguments)
     worst = 0
-    for found in run(families, "--all" in words) if "--render" not in words else ():
+    for found in run(given.families, given.up_to * 1e6) if not given.render else ():
         family = found.mapping.name
         for finding in found.findings:
             print(f"{family}:{finding.line}: {finding.severity} {finding.problem}")

@@ -52,7 +52,7 @@ def draw(rng: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if role in GAINS or role in VARIANCES:
         values = rng.uniform(0.5, 1.5, shape)
     elif len(shape) > 1 and ("kernel" in role or "weights" in role):
-        depthwise = "depthwise" in role
+        depthwise = "depthwise" in role and len(shape) > 2
         leads_out = len(shape) == 3 and name.split("/")[-2] == "out"  # heads and their channels -> width
         inputs = shape[:1] if len(shape) == 3 and not leads_out else shape[:2] if depthwise else shape[:-1]
         values = rng.standard_normal(shape) / np.prod(inputs) ** 0.5

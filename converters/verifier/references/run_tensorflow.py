@@ -79,6 +79,7 @@ class TensorFlowGraph(NamedArrays):
         """What every batch norm sees while the graph trains."""
         batch = batch.transpose(0, 2, 3, 1)
         graph, images, _, variables = self._graph(batch.shape, training=True)
+        variables = {name: one for name, one in variables.items() if name in arrays}  # without a head of training alone
         wanted = {}
         for operation in graph.get_operations():
             if FUSED.fullmatch(operation.type):
@@ -118,6 +119,7 @@ class TensorFlowGraph(NamedArrays):
         graph = tf.Graph()
         with graph.as_default(), _in_precision(module, self.precision):
             tf.compat.v1.set_random_seed(0)
+            tf.compat.v1.train.create_global_step()  # before any scope of the model's
             images = tf.compat.v1.placeholder(self.precision, shape)
             if "scope" in self.model:
                 import tf_slim
@@ -133,8 +135,10 @@ class TensorFlowGraph(NamedArrays):
         return graph, images, given, variables
 
     def _session(self, graph: Any, variables: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+        train = _tensorflow().compat.v1.train
         with graph.as_default():
             session = _tensorflow().compat.v1.Session(graph=graph)
+            session.run(train.get_global_step().initializer)
         values = {variable.initial_value: arrays[name] for name, variable in variables.items()}
         session.run([variable.initializer for variable in variables.values()], values)
         return session
