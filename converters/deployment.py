@@ -159,9 +159,11 @@ def _fused(name: str, block: torch.nn.Module, inside: Sequence[Step]) -> list[St
 
 def _computed(step: Step, given: Iterator[torch.Tensor]) -> torch.Tensor:
     """The tensor of a step, from as many of the given ones as it has sources."""
+    import torch
+
     origin = step.origin
     if origin.fill is not None:
-        return constant(origin.fill, step.target.shape, "float64")
+        return constant(origin.fill, step.target.shape, torch.float64)
     tensors = [next(given).double() for _ in origin.sources]
     return origin.ops.run(tensors, origin.parts)[step.part]
 
