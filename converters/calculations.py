@@ -1,13 +1,15 @@
-"""Calculations: the ops that compute elements, on float64 tensors."""
+"""Calculations: the ops that compute elements, on float64 tensors, and what fills those that no source has."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["add", "difference", "magnitude", "root", "scale", "std_eps", "total"]
+__all__ = ["FORMULAS", "add", "constant", "difference", "magnitude", "root", "scale", "standardize", "std_eps", "total"]
 
 Tensors = list["torch.Tensor"]
 
@@ -46,9 +48,47 @@ def scale(tensors: Tensors, constant: float) -> Tensors:
     return [tensor * constant for tensor in tensors]
 
 
+def standardize(tensors: Tensors, eps: float) -> Tensors:
+    """Kernels (out, ...) without their mean, over the root of their variance + `eps`."""
+    kernels = [tensor.flatten(1) for tensor in tensors]
+    scales = [(k.var(1, correction=0, keepdim=True) + eps).sqrt() for k in kernels]
+    return [
+        ((k - k.mean(1, keepdim=True)) / scale).reshape(t.shape)
+        for k, scale, t in zip(kernels, scales, tensors, strict=True)
+    ]
+
+
 def std_eps(tensors: Tensors, source: float, target: float) -> Tensors:
     """Kernels (out, ...) scaled so that to divide by the root of their variance + `target` is to divide them, as they
     came, by their standard deviation + `source`."""
     kernels = [tensor.flatten(1) for tensor in tensors]
     scales = [(target / (2 * source * k.std(1, correction=0) + source**2)) ** 0.5 for k in kernels]
     return [(k * scale[:, None]).reshape(t.shape) for k, scale, t in zip(kernels, scales, tensors, strict=True)]
+
+
+def constant(value: int | float | str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of one value, or in float64 what a formula of FORMULAS gives for its shape. Raises ValueError."""
+    import torch
+
+    return FORMULAS[value](shape) if isinstance(value, str) else torch.full(shape, value, dtype=dtype)
+
+
+def _sincos2d(shape: tuple[int, ...]) -> torch.Tensor:
+    """Fixed positions of a square grid (1, rows x columns, width): sin x, cos x, sin y, cos y, as MoCo v3 has them.
+
+    >>> constant("sincos2d", (1, 4, 8), None)[0, :, 0].tolist() == [0, math.sin(1), 0, math.sin(1)]
+    True
+    """
+    import torch
+
+    _, count, width = shape
+    side, bands = math.isqrt(count), width // 4
+    if side * side != count or bands * 4 != width or bands < 2:
+        raise ValueError(f"sincos2d wants a square grid and a width in fours, not {count} places and {width}")
+    places = torch.arange(count, dtype=torch.float64)
+    angles = 10000.0 ** -(torch.arange(bands, dtype=torch.float64) / (bands - 1))
+    x, y = (places % side)[:, None] * angles, (places // side)[:, None] * angles
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)[None]
+
+
+FORMULAS: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {"sincos2d": _sincos2d}

@@ -23,7 +23,7 @@ from converters.routes import Problem
 from converters.target import Skeleton, build_skeleton, traits_of
 from converters.tensors import TensorSpec, size_of
 
-__all__ = ["SIZES", "Ways", "change", "own_sizes", "takes", "trained_windows"]
+__all__ = ["SIZES", "Ways", "change", "own_sizes", "remove_classifier", "takes", "trained_windows"]
 
 SIZES = ("num_classes", "in_chans", "img_size", "window_size", "patch_size")  # timm's arguments that change shapes
 Shape = tuple[int, ...]
@@ -71,20 +71,25 @@ def change(plan: Plan, sizes: Mapping[str, Any], ways: Ways) -> Plan:
     new = build_skeleton(old.architecture, {**old.args, **wanted, **trained})
     work = _Changing(old, new, ways, kept)
     steps = tuple(work.step(spec, one) for spec, one in _beside(new, plan))
-    drops = plan.drops_without(steps, "the classifier was removed on request")
     return replace(
         plan,
         skeleton=new,
         steps=steps,
-        drops=drops,
         unchanged=old,
         changes=(
             *plan.changes,
             *work.told(),
-            *[Change("the classifier was removed", inside=False)] * (len(drops) > len(plan.drops)),
             *[Change("other windows, with coordinates scaled as in training", inside=True)] * bool(trained),
         ),
     )
+
+
+def remove_classifier(plan: Plan, source: Mapping[str, Any]) -> Plan:
+    """A plan that was made without the classifier, as a change of the source's model, which has these arguments."""
+    whole = plan.unchanged or plan.skeleton
+    args = {**{key: value for key, value in whole.args.items() if key != "num_classes"}, **source}
+    told = Change("the classifier was removed", inside=False)
+    return replace(plan, unchanged=build_skeleton(whole.architecture, args), changes=(*plan.changes, told))
 
 
 def _beside(new: Skeleton, plan: Plan) -> Iterator[tuple[TensorSpec, Step | None]]:

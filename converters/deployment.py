@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from converters.calculations import constant
 from converters.errors import TargetError
 from converters.ops import Op, Pipeline, Tensors
 from converters.plan import Change, Origin, Plan, Step
@@ -162,7 +163,7 @@ def _computed(step: Step, given: Iterator[torch.Tensor]) -> torch.Tensor:
 
     origin = step.origin
     if origin.fill is not None:
-        return torch.full(step.target.shape, origin.fill, dtype=torch.float64)
+        return constant(origin.fill, step.target.shape, torch.float64)
     tensors = [next(given).double() for _ in origin.sources]
     return origin.ops.run(tensors, origin.parts)[step.part]
 

@@ -168,10 +168,20 @@ def _first_names(value: Any, count: int, depth: int = 0) -> list[str] | None:
         return None
     for key in ("classes", "CLASSES", "label_names", "id2label"):
         names = value.get(key)
-        names = list(names.values()) if isinstance(names, Mapping) else names
+        names = _numbered(names) if isinstance(names, Mapping) else names
         if isinstance(names, (list, tuple)) and len(names) == count and all(isinstance(name, str) for name in names):
             return list(names)
     return next((found for inner in value.values() if (found := _first_names(inner, count, depth + 1))), None)
+
+
+def _numbered(names: Mapping[Any, Any]) -> list[Any]:
+    """Names by their numbers, however a file has ordered them.
+
+    >>> _numbered({"0": "cat", "10": "owl", "2": "dog"}), _numbered({"cat": "a"})
+    (['cat', 'dog', 'owl'], ['a'])
+    """
+    numbers = {key: int(key) if str(key).isdecimal() else 0 for key in names}
+    return [names[key] for key in sorted(names, key=numbers.__getitem__)]
 
 
 def _input_size(plan: Plan, skeleton: Skeleton, img_size: int | list[int] | None) -> list[int]:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
-from converters.changes import SIZES, Ways, change, own_sizes, takes, trained_windows
+from converters.changes import SIZES, Ways, change, own_sizes, remove_classifier, takes, trained_windows
 from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.names import Pattern
-from converters.plan import Plan, make_plan, read_off, rendered
+from converters.plan import Plan, make_plan, read_off, rendered, without_classifier
 from converters.preprocessing import fold_normalization, read_preprocessing, take_bgr
 from converters.readers import Checkpoint
 from converters.routes import Problem, Route, route
@@ -59,7 +59,7 @@ def find_plan(
         if inexpressible and mapping.any_target:
             raise inexpressible  # its names may well be those of a timm model
         try:
-            caveats = _check_refusals(mapping, checkpoint)
+            caveats = _check_refusals(mapping, checkpoint, asked)
         except NotExpressible as error:
             inexpressible = inexpressible or error
             continue
@@ -132,7 +132,8 @@ def _alike(checkpoint: Checkpoint) -> list[Family]:
     shares: list[tuple[float, str]] = []
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
-        parts = [replace(signature, detect=(patterns,)) for patterns in signature.detect]
+        there = [signs for signs in signature.detect if not all(sign.absent for sign in signs)]
+        parts = [replace(signature, detect=(signs,)) for signs in there]
         shares.append((sum(part.applies(checkpoint.specs) for part in parts) / max(len(parts), 1), name))
     ranked = (load_mapping(name) for share, name in sorted(shares, reverse=True) if share)
     families = list(islice((mapping for mapping in ranked if not mapping.any_target), _ALIKE))
@@ -169,6 +170,11 @@ class _Asked:
     img_size: int | list[int] | None
     ways: Ways
 
+    @property
+    def headless(self) -> bool:
+        """Whether the classifier is to be removed."""
+        return self.args.get("num_classes") == 0 and not self.ways.classes
+
 
 def _plan_for(
     mapping: Family,
@@ -179,9 +185,12 @@ def _plan_for(
     exactly: bool,
 ) -> Plan | tuple[Problem, ...]:
     """The plan, or what keeps it from closing; `exactly` with timm's own sizes, else with those of the source."""
+    traits = traits_of(architecture)
+    if asked.headless and (rest := without_classifier(mapping, routes, traits)) != routes:
+        plan = _plan_for(mapping, checkpoint, rest, architecture, asked, exactly)
+        return remove_classifier(plan, read_off(mapping, routes, traits)) if isinstance(plan, Plan) else plan
     reference = reference_of(mapping, checkpoint, routes)
     own = mapping.args_of(architecture, reference)
-    traits = traits_of(architecture)
     read = read_off(mapping, routes, traits)
     if "in_chans" in read:  # a stem may fold pixels into channels before its first convolution
         specs = build_skeleton(architecture, own).specs
@@ -265,7 +274,7 @@ def _only(closed: list[Plan], checkpoint: Checkpoint) -> Plan:
     )
 
 
-def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
+def _check_refusals(mapping: Family, checkpoint: Checkpoint, asked: _Asked) -> tuple[str, ...]:
     """What is to be told, and the reasons that the file can neither confirm nor rule out.
 
     Raises NotExpressible for one that it confirms.
@@ -273,10 +282,12 @@ def _check_refusals(mapping: Family, checkpoint: Checkpoint) -> tuple[str, ...]:
     routes = route(mapping, checkpoint.specs)
     unsure: list[Refusal] = []
     for refusal in mapping.refuse:
+        if refusal.of == "logits" and asked.headless:
+            continue
         if _holds(refusal.when, checkpoint, routes):
-            raise NotExpressible(
-                f"is of {mapping.name}, but timm cannot compute it: {refusal.reason}", file=checkpoint.path
-            )
+            problem = f"is of {mapping.name}, but timm cannot compute it: {refusal.reason}"
+            cure = "pass --num-classes 0 to have it without its classifier" if refusal.of == "logits" else None
+            raise NotExpressible(problem, file=checkpoint.path, cure=cure)
         if refusal.unless and not _holds(refusal.unless, checkpoint, routes):
             unsure.append(refusal)
     told = [mapping.caveat] if mapping.caveat else []
@@ -290,8 +301,12 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
         if not any(_squeezed(text) in said for text in texts) or (when.without and _squeezed(when.without) in said):
             return False
     sources = [when.source] if isinstance(when.source, str) else when.source
-    patterns = [Pattern.parse(source) for source in sources or ()]
-    return sources is None or any(pattern.match(item.segments) for pattern in patterns for item in routes)
+    return sources is None or any(_are_there([one] if isinstance(one, str) else one, routes) for one in sources)
+
+
+def _are_there(sources: list[str], routes: tuple[Route, ...]) -> bool:
+    patterns = map(Pattern.parse, sources)
+    return all(any(pattern.match(item.own) for item in routes) for pattern in patterns)
 
 
 def _squeezed(text: str) -> str:

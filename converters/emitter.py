@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from converters.calculations import constant
 from converters.errors import CheckpointError, OutputError
 from converters.ops import OpError
 from converters.plan import Plan, Step
@@ -193,16 +194,16 @@ def _compute(steps: list[Step], checkpoint: Checkpoint, specs: dict[str, TensorS
     import torch
 
     origin, wanted = steps[0].origin, [specs[step.target.name] for step in steps]
-    if origin.fill is not None:
-        filled = [torch.full(step.target.shape, origin.fill, dtype=getattr(torch, step.target.dtype)) for step in steps]
-        return [from_torch(_cast(tensor, spec)) for tensor, spec in zip(filled, wanted, strict=True)]
     if source := _unchanged(steps, checkpoint, specs):
         return [source.read()]
     sources = [checkpoint.tensors[name] for name in origin.sources]
     tensors = [to_torch(source.read(), source.spec) for source in sources]
     try:
-        results = origin.ops.run(tensors, origin.parts)
-    except OpError as error:
+        if origin.fill is None:
+            results = origin.ops.run(tensors, origin.parts)
+        else:
+            results = [constant(origin.fill, steps[0].target.shape, getattr(torch, steps[0].target.dtype))]
+    except (OpError, ValueError) as error:
         raise OutputError(str(error), tensor=wanted[0].name) from error
     return [from_torch(_cast(results[step.part], spec)) for step, spec in zip(steps, wanted, strict=True)]
 

@@ -157,7 +157,7 @@ def _used_fills(mapping: Mapping, plan: Plan) -> Iterator[Fill]:
 
 
 def _detect(mapping: Mapping, closings: Sequence[tuple[Route, ...]]) -> Iterator[Finding]:
-    names = {name for routes in closings for route in routes for name in (route.segments, split(route.spec.name))}
+    names = {name for routes in closings for route in routes for name in (route.own, split(route.spec.name))}
     for number, signs in enumerate(mapping.detect):
         for index, sign in enumerate(signs):
             if not sign.absent and not any(sign.pattern.match(name) for name in names):

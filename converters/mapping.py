@@ -12,10 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from converters.calculations import FORMULAS
 from converters.errors import MappingError
 from converters.names import Pattern, Template, split
 from converters.ops import IDENTITY, Pipeline
-from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Way
+from converters.rows import Drop, Fill, Leaf, Leaves, Numbering, Rule, Stack, Way
 from converters.schema import (
     Deviation,
     DropFile,
@@ -51,6 +52,7 @@ class Mapping(Signature):
     rows: tuple[Rule | Drop, ...]
     fill: tuple[Fill, ...]
     enumerate: tuple[Numbering, ...]
+    unstack: tuple[Stack, ...]
     preprocess: dict[str, Any]
     references: tuple[ReferenceFile, ...]
     refuse: tuple[Refusal, ...]
@@ -138,6 +140,12 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         except ValueError as error:
             raise lines.error(str(error), "enumerate", left) from None
 
+    def stack(left: str, right: str) -> Stack:
+        try:
+            return Stack.parse(left, right, file.tables)
+        except ValueError as error:
+            raise lines.error(str(error), "unstack", left) from None
+
     numberings = tuple(numbering(left, right) for left, right in file.enumerate.items())
 
     def rule(table: str, left: str, ways: list[str | RowFile], numbers: tuple[Numbering, ...]) -> Rule:
@@ -174,10 +182,11 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         leaves=_leaves(file.leaves, lines),
         rows=tuple(rows),
         fill=tuple(
-            Fill(lines.of("fill", text), pattern(text, "fill", text), *_value(value))
+            Fill(lines.of("fill", text), pattern(text, "fill", text), *_value(value, "fill", text, lines=lines))
             for text, value in file.fill.items()
         ),
         enumerate=numberings,
+        unstack=tuple(stack(left, right) for left, right in file.unstack.items()),
         preprocess=file.model_dump(include={"preprocess"})["preprocess"],
         references=tuple(references),
         refuse=tuple(file.refuse),
@@ -199,8 +208,11 @@ def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], line
     return Drop(lines.of("drop", left), parsed, drop.reason, drop.only == "zeros", buffer)
 
 
-def _value(fill: int | float | FillFile) -> tuple[int | float, str]:
-    return (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
+def _value(fill: int | float | str | FillFile, *place: str, lines: Lines) -> tuple[int | float | str, str]:
+    value, reason = (fill.value, fill.reason) if isinstance(fill, FillFile) else (fill, "")
+    if isinstance(value, str) and value not in FORMULAS:
+        raise lines.error(f"`{value}` is no formula; there are {', '.join(FORMULAS)}", *place)
+    return value, reason
 
 
 def _check_op(name: str, text: str, lines: Lines) -> None:

@@ -10,16 +10,19 @@ An op takes a list of tensors and gives a list. It is written as one of
     copy                            one becomes as many as there are names for, all alike
     flip 1                          an axis reversed (BGR to RGB)
     zeros 1                         a tensor of zeros beside the others, at place 1, like the first (a missing key bias)
+    each                            every tensor is a stack along its first axis, and what follows is for each layer
     sum                             several tensors of one shape are added
     sub                             the others are subtracted from the first
     abs                             every element's magnitude
     sqrt                            the square root of every element
     add 9.9e-4                      a constant is added: `running_var | add 9.9e-4` makes up for another eps
     scale 0.5                       every element is multiplied
+    standardize 1e-10               a kernel, by output channels (axis 0), loses its mean and is divided by the root of
+                                    its variance + 1e-10: what a weight-standardised convolution makes of it
     std_eps 1e-5 1e-8               a kernel, by output channels (axis 0), is scaled so that to divide it by the root of
                                     its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
-and ops in a row are separated by `|`. Those up to `zeros` only move elements and derive their own inverse; the
+and ops in a row are separated by `|`. Those up to `each` only move elements and derive their own inverse; the
 others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
 torch's meta device it computes them, so a plan checks whole chains before a byte is read.
 
@@ -34,9 +37,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from converters.calculations import add, difference, magnitude, root, scale, std_eps, total
+from converters.calculations import add, difference, magnitude, root, scale, standardize, std_eps, total
+from converters.rearrangements import Rearrangement
 
 if TYPE_CHECKING:
     import torch
@@ -107,12 +111,19 @@ class Pipeline:
     def parse(cls, text: str, named: Mapping[str, str] | None = None) -> Pipeline:
         """Ops from their text; `named` are a mapping's own. Raises ValueError."""
         ops: list[Op] = []
-        for part in filter(None, (piece.strip() for piece in text.split("|"))):
+        parts = [piece.strip() for piece in text.split("|") if piece.strip()]
+        for place, part in enumerate(parts):
+            if part == "each":
+                return cls(tuple(ops)) + cls.parse("|".join(parts[place + 1 :]), named).each()
             ops.extend(cls.parse(named[part]).ops if named and part in named else [Op.parse(part)])
         return cls(tuple(ops))
 
     def __add__(self, other: Pipeline) -> Pipeline:
         return Pipeline(self.ops + other.ops) if other.ops else self
+
+    def each(self) -> Pipeline:
+        """These ops for each layer of stacks."""
+        return Pipeline((_each(self),))
 
     @property
     def text(self) -> str:
@@ -175,71 +186,12 @@ def _rearrange(text: str) -> Op:
     """An einops pattern with its axis lengths: `... (c h) -> ... (h c), h=2`."""
     import einops
 
-    pattern, *sizes = (part.strip() for part in text.split(","))
-    left, arrow, right = (part.strip() for part in pattern.partition("->"))
-    lengths: dict[str, int] = {}
-    for size in sizes:
-        found = re.fullmatch(r"([A-Za-z_]\w*)\s*=\s*([1-9][0-9]{0,8})", size)
-        if not found:
-            raise ValueError(f"`{size}` in `{text}` is no axis length; write `h=2`")
-        lengths[found[1]] = int(found[2])
-    if re.search(r"\([^)]*\.\.\.", pattern):
-        raise ValueError(f"`{text}` merges `...` with other axes, and nothing leads back")
-    axes = [set(re.findall(r"[A-Za-z_]\w*", side)) for side in (left, right)]
-    if not arrow or axes[0] != axes[1]:
-        raise ValueError(f"`{text}` does not keep its axes: {', '.join(sorted(axes[0] ^ axes[1])) or 'no arrow'}")
-    if unknown := set(lengths) - axes[0]:
-        raise ValueError(f"`{text}` gives a length to {', '.join(sorted(unknown))}, which it does not have")
-    try:
-        einops.rearrange(_Probe.of(left, lengths), pattern, **lengths)
-    except einops.EinopsError as error:
-        raise ValueError(f"`{text}`: {str(error).strip().splitlines()[-1].strip()}") from error
+    move = Rearrangement.parse(text)
 
     def run(tensors: Tensors, parts: int) -> Tensors:
-        return [einops.rearrange(tensor, pattern, **lengths) for tensor in tensors]
+        return [einops.rearrange(tensor, move.pattern, **move.lengths) for tensor in tensors]
 
-    def invert(shapes: list[tuple[int, ...]]) -> Op:
-        known = _axis_lengths(left, shapes[0], lengths)
-        return _rearrange(", ".join([f"{right} -> {left}", *(f"{axis}={n}" for axis, n in known.items())]))
-
-    return Op(text, run, invert, None if "..." in left else len(_tokens(left)))
-
-
-class _Probe:
-    """A small array that fits a pattern's left side, so that a bad pattern is found when it is read."""
-
-    @staticmethod
-    def of(left: str, lengths: Mapping[str, int]) -> Any:
-        import numpy
-
-        shape = []
-        for token in _tokens(left):
-            size = 1
-            for axis in token:
-                size *= 1 if axis in ("1", "...") else lengths.get(axis, 2)
-            shape.append(size)
-        return numpy.broadcast_to(numpy.int8(0), shape)
-
-
-def _tokens(side: str) -> list[list[str]]:
-    """One list of axes a dimension: `(c h) w` -> [[c, h], [w]]."""
-    return [group.strip("()").split() for group in re.findall(r"\([^()]*\)|[^\s()]+", side)]
-
-
-def _axis_lengths(side: str, shape: tuple[int, ...], lengths: Mapping[str, int]) -> dict[str, int]:
-    """Every axis' length, read off a shape."""
-    tokens, known = _tokens(side), dict(lengths)
-    if ["..."] in tokens:
-        cut, behind = tokens.index(["..."]), len(tokens) - tokens.index(["..."]) - 1
-        tokens = tokens[:cut] + tokens[cut + 1 :]
-        shape = shape[:cut] + shape[len(shape) - behind :]
-    for axes, size in zip(tokens, shape, strict=True):
-        unknown = [axis for axis in axes if axis != "1" and axis not in known]
-        for axis in axes:
-            size //= known.get(axis, 1)
-        if len(unknown) == 1:
-            known[unknown[0]] = size
-    return known
+    return Op(text, run, lambda shapes: _rearrange(move.inverse(shapes[0])), move.rank)
 
 
 def _cat(text: str, axis: int) -> Op:
@@ -306,6 +258,33 @@ def _without(place: int) -> Op:
     )
 
 
+def _each(layer: Pipeline) -> Op:
+    """What a pipeline does, done to the layers of stacks; the results of the first layer come first."""
+
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        layers = list(zip(*(tensor.unbind() for tensor in tensors), strict=True))
+        if not layers or parts % len(layers):
+            raise ValueError(f"{len(layers)} layers give no {parts} names")
+        return [one for given in layers for one in layer.run(given, parts // len(layers))]
+
+    def invert(shapes: list[tuple[int, ...]]) -> Op:
+        return _stack(layer, shapes)
+
+    return Op(" | ".join(filter(None, ["each", layer.text])), run, invert if layer.lossless else None)
+
+
+def _stack(layer: Pipeline, shapes: list[tuple[int, ...]]) -> Op:
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        import torch
+
+        count = len(tensors) // shapes[0][0]
+        back = layer.invert([shape[1:] for shape in shapes], count)
+        layers = [back.run(tensors[at : at + count], parts) for at in range(0, len(tensors), count)]
+        return [torch.stack(column) for column in zip(*layers, strict=True)]
+
+    return Op("stack", run, lambda _: _each(layer))
+
+
 _FIRST: Op = Op("first", lambda tensors, parts: tensors[:1], lambda shapes: _COPY)
 _COPY: Op = Op("copy", lambda tensors, parts: tensors * parts, lambda shapes: _FIRST)
 
@@ -322,5 +301,10 @@ def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
 _GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": magnitude, "sqrt": root, "sub": difference, "sum": total}
-_CONSTANT: dict[str, Callable[..., Tensors]] = {"add": add, "scale": scale, "std_eps": std_eps}
-_CONSTANTS = {"add": 1, "scale": 1, "std_eps": 2}  # how many each takes
+_CONSTANT: dict[str, Callable[..., Tensors]] = {
+    "add": add,
+    "scale": scale,
+    "standardize": standardize,
+    "std_eps": std_eps,
+}
+_CONSTANTS = {"add": 1, "scale": 1, "standardize": 1, "std_eps": 2}  # how many each takes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from converters.folding import fold
@@ -20,7 +20,7 @@ from converters.rows import Drop, Rule, most_specific
 from converters.target import Skeleton, Traits
 from converters.tensors import TensorSpec, size_of
 
-__all__ = ["Change", "Origin", "Plan", "Step", "make_plan", "read_off", "rendered"]
+__all__ = ["Change", "Origin", "Plan", "Step", "make_plan", "read_off", "rendered", "without_classifier"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Origin:
     sources: tuple[str, ...] = ()
     ops: Pipeline = IDENTITY
     rule: Rule | None = None
-    fill: int | float | None = None
+    fill: int | float | str | None = None  # a value, or a formula's name
     parts: int = 1  # how many targets it gives
 
 
@@ -103,6 +103,17 @@ def read_off(mapping: Mapping, routes: tuple[Route, ...], traits: Traits) -> dic
     return args
 
 
+def without_classifier(mapping: Mapping, routes: tuple[Route, ...], traits: Traits) -> tuple[Route, ...]:
+    """The routes, of which those to timm's classifier lead nowhere."""
+    drop = Drop(0, Pattern.parse("**"), "the classifier was removed on request")
+    heads = {id(item) for item, names, _ in _without_target(mapping, routes) if _inside(names, traits.classifiers)}
+    return tuple(replace(item, row=drop) if id(item) in heads else item for item in routes)
+
+
+def _inside(names: Iterable[str], modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for name in names for module in modules)
+
+
 def rendered(mapping: Mapping, routes: tuple[Route, ...]) -> frozenset[str]:
     """The target names that the routes lead to, as far as rules tell without a target."""
     return frozenset(name for _, names, _ in _without_target(mapping, routes) for name in names)
@@ -133,6 +144,7 @@ class _Gather:
     names: tuple[str, ...]
     ops: Pipeline
     captures: dict[str, int | str]
+    layer: tuple[int, int]  # of stacks
     members: dict[int, TensorSpec] = field(default_factory=dict, compare=False)
 
 
@@ -148,6 +160,7 @@ class _Draft:
         self.problems: list[Problem] = []
         self.drops: dict[str, Drop] = {}
         self.reached: dict[str, _Gather] = {}
+        self.stacks: dict[tuple[Any, ...], Origin] = {}
 
     def add(self, item: Route) -> None:
         if item.problem:
@@ -175,7 +188,7 @@ class _Draft:
         if absent := [target for target in names if target not in self.skeleton.specs]:
             self.problems.append(Problem("nowhere", name, spec, (rule,), target=absent[0]))
             return
-        mine = _Gather(rule, names, ops, match.captures)
+        mine = _Gather(rule, names, ops, match.captures, item.layer)
         for target in names:
             there = self.reached.get(target, mine)
             if there != mine or match.choice in there.members or names.count(target) > 1:
@@ -188,14 +201,14 @@ class _Draft:
     def close(self) -> Plan | tuple[Problem, ...]:
         gathers = {id(gather): gather for gather in self.reached.values() if gather.members}
         steps = [step for gather in gathers.values() for step in self._steps(gather)]
-        absent: dict[tuple[str, int | float], list[str]] = {}
+        absent: dict[tuple[str, int | float | str], list[str]] = {}
         for name, spec in self.skeleton.specs.items():
             if name in self.reached:
                 continue
             fills, _ = most_specific(self.mapping.fill, split(name))
             if len(fills) != 1:
                 self.problems.append(Problem("tie" if fills else "missing", name, spec, tuple(fills)))
-            elif isinstance(fills[0].value, float) and spec.kind != "float":
+            elif not isinstance(fills[0].value, int) and spec.kind != "float":
                 self.problems.append(Problem("dtype", name, spec, tuple(fills), f"{spec.dtype} in timm"))
             else:
                 steps.append(Step(spec, Origin(fill=fills[0].value)))
@@ -236,9 +249,14 @@ class _Draft:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {sources[0].dtype} from {sources[0].name}")
             if spec.kind != wanted[0].kind:
                 return fail("dtype", f"{spec.dtype} from {spec.name}, {wanted[0].dtype} in timm")
-        origin = Origin(tuple(s.name for s in sources), gather.ops, gather.rule, parts=len(names))
+        origin, part = Origin(tuple(s.name for s in sources), gather.ops, gather.rule, parts=len(names)), 0
+        if layers := gather.layer[1]:  # of stacks, which are read once
+            whole = replace(origin, ops=gather.ops.each(), parts=len(names) * layers)
+            origin = self.stacks.setdefault((whole.sources, whole.ops, whole.parts), whole)
+            part = len(names) * gather.layer[0]
         return [
-            Step(TensorSpec(spec.name, spec.shape, sources[0].dtype), origin, part) for part, spec in enumerate(wanted)
+            Step(TensorSpec(spec.name, spec.shape, sources[0].dtype), origin, place)
+            for place, spec in enumerate(wanted, part)
         ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from converters.mapping import Mapping
@@ -30,29 +30,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class Route:
-    """What the mapping says of one source."""
+    """What the mapping says of one source, or of one layer of a stack."""
 
-    spec: TensorSpec
-    segments: tuple[str, ...]  # its name, stripped of the family's prefixes
+    spec: TensorSpec  # of a layer, under the stack's name
+    segments: tuple[str, ...]  # its name, stripped of the family's prefixes; of a layer, what `unstack` calls it
     row: Rule | Drop | None
     match: Match | None
     problem: Problem | None = None
+    own: tuple[str, ...] = ()  # its name, stripped; of a layer, the stack's
+    layer: tuple[int, int] = (0, 0)  # which of how many; of none for what is no stack
 
 
 def route(mapping: Mapping, specs: Dict[str, TensorSpec]) -> tuple[Route, ...]:
-    """Each source's most specific row."""
+    """Each source's most specific row, and of a stack each layer's."""
     routes, taken = [], dict[tuple[str, ...], str]()
-    for (name, segments), spec in zip(mapping.segments(specs).items(), specs.values(), strict=True):
-        rows, match = most_specific(mapping.rows, segments)
-        problem = None
-        if other := taken.get(segments):
-            problem = Problem("twice", name, spec, detail=f"it and {other} are one name without their prefix")
-        elif len(rows) > 1:
-            problem = Problem("tie", name, spec, tuple(rows))
-        elif not rows:
-            problem = Problem("unmatched", name, spec)
-        taken[segments] = name
-        routes.append(Route(spec, segments, rows[0] if rows else None, match, problem))
+    for (name, own), spec in zip(mapping.segments(specs).items(), specs.values(), strict=True):
+        layers = next(filter(None, (stack.layers(own, spec.shape) for stack in mapping.unstack)), [])
+        inside = replace(spec, shape=spec.shape[1:]) if layers else spec
+        for layer, segments in enumerate(layers or [own]):
+            rows, match = most_specific(mapping.rows, segments)
+            problem = None
+            if other := taken.get(segments):
+                problem = Problem("twice", name, spec, detail=f"it and {other} are one name without their prefix")
+            elif len(rows) > 1:
+                problem = Problem("tie", name, spec, tuple(rows))
+            elif not rows:
+                problem = Problem("unmatched", name, spec)
+            taken[segments] = name
+            row = rows[0] if rows else None
+            routes.append(Route(inside, segments, row, match, problem, own, (layer, len(layers))))
     return tuple(routes)
 
 

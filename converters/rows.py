@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from converters.names import Match, Pattern, Template
+from converters.names import Match, Pattern, Template, split
 from converters.ops import Pipeline
 
-__all__ = ["Drop", "Fill", "Leaf", "Leaves", "Numbered", "Numbering", "Rule", "Way", "most_specific"]
+__all__ = ["Drop", "Fill", "Leaf", "Leaves", "Numbered", "Numbering", "Rule", "Stack", "Way", "most_specific"]
+
+MAX_LAYERS = 1 << 10  # of a stack
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Fill:
 
     line: int
     pattern: Pattern
-    value: int | float
+    value: int | float | str  # or a formula's name
     reason: str = ""  # a caveat
 
     @property
@@ -121,6 +123,37 @@ class Numbered:
     def find(self, captures: Captures) -> Captures:
         """The captures of the module that these stand for; none where they stand for none."""
         return self.modules.get(tuple(captures.get(field) for field in self.fields), {})
+
+
+@dataclass(frozen=True)
+class Stack:
+    """An entry of `unstack`: modules whose tensors are stacks, and what the rows call a layer of them.
+
+    >>> stack = Stack.parse("block", "block_{i}", {})
+    >>> stack.layers(("block", "norm", "scale"), (2, 192))
+    [('block_0', 'norm', 'scale'), ('block_1', 'norm', 'scale')]
+    """
+
+    pattern: Pattern
+    layer: Template
+    number: str  # the field of `layer` that counts
+
+    @classmethod
+    def parse(cls, left: str, right: str, tables: dict[str, Any]) -> Stack:
+        """Raises ValueError."""
+        pattern, layer = Pattern.parse(left, tables), Template.parse(right)
+        counts = sorted(layer.fields - pattern.fields)
+        if len(counts) != 1 or len(layer.render(dict.fromkeys(layer.fields, 1))) != 1:
+            raise ValueError(f"`{right}` needs one capture that is not on the left, for a layer's number")
+        return cls(pattern, layer, counts[0])
+
+    def layers(self, name: tuple[str, ...], shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+        """The names of a stack's layers; none for a tensor that is none of these."""
+        match = self.pattern.match(name)
+        if not match or not match.rest or not shape or shape[0] > MAX_LAYERS:
+            return []
+        numbers = ({**match.captures, self.number: number} for number in range(shape[0]))
+        return [(*split(self.layer.render(captures)[0]), *match.rest) for captures in numbers]
 
 
 Row = TypeVar("Row", bound=Rule | Drop | Fill)

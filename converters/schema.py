@@ -48,7 +48,7 @@ class RowFile(_Strict):
 class Evidence(_Strict):
     """What a checkpoint shows of its origin: all that it names must be there."""
 
-    source: str | list[str] | None = None  # a module or tensor, as a pattern, or one of these
+    source: str | list[str | list[str]] | None = None  # a module or tensor, as a pattern, or one of these; a list: all
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
     without: str | None = None  # a text that is not there
 
@@ -76,6 +76,7 @@ class Refusal(_Strict):
     reason: str
     when: Evidence = Evidence()  # nothing: always
     unless: Evidence | None = None  # what proves that it is not so; without that proof the report carries the reason
+    of: Literal["model", "logits"] = "model"  # logits: only the classifier, without which the source may be had
 
 
 class DropFile(_Strict):
@@ -88,7 +89,7 @@ class DropFile(_Strict):
 class FillFile(_Strict):
     """A value for what the source does not have although timm computes with it; the report carries the reason."""
 
-    value: int | float
+    value: int | float | str
     reason: Annotated[str, _SOME]
 
 
@@ -123,9 +124,10 @@ class MappingFile(_Strict):
     target_args: dict[str, Any] = {}  # `$name` stands for a value of the target's row
     strip: str | list[str] = []
     renumber: list[str] = []  # what automatic names begin with; see numbering.py
+    unstack: dict[str, str] = {}  # modules whose tensors are stacks: the name that layer {i} of them has for the rows
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
-    fill: dict[str, int | float | FillFile] = {}
+    fill: dict[str, int | float | str | FillFile] = {}  # a value, or the name of a formula: sincos2d
     # a number, or a pattern of the source's modules: the target's, counted through; a list: in the target's order
     enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}

@@ -29,6 +29,7 @@ def saved(path: Path, more: dict[str, torch.Tensor] | None = None, **meta: Any) 
         ({"CLASSES": NAMES}, None, NAMES),
         ({"dataset_meta": {"classes": NAMES}}, slice(1, None), NAMES[1:]),
         ({"dataset_meta": {"classes": NAMES}}, (3, 0), ["hen", "cat"]),
+        ({"id2label": {"3": "hen", "0": "cat", "2": "cow", "1": "dog"}}, None, NAMES),
         ({"CLASSES": NAMES[:3]}, None, None),
         ({"CLASSES": [1, 2, 3, 4]}, None, None),
         ({}, None, None),

@@ -13,6 +13,7 @@ from converters.detection import Nearest, applying_families, find_nearest, find_
 from converters.errors import ConverterError, MappingError, NotExpressible, PlanError, TargetError
 from converters.mapping import find_mappings, load_mapping, mappings_folder
 from converters.readers import Checkpoint
+from converters.readers.jax.trees import arrange
 from converters.routes import route
 from converters.target import build_skeleton
 from converters.tensors import LazyTensor, TensorSpec
@@ -86,7 +87,7 @@ def test_the_nearest_family_is_named(source, change, target, problems):
     tensors = {name.replace(*change): tensor for name, tensor in checkpoint.tensors.items()}
     renamed = made_of({name: replace(tensor.spec, name=name) for name, tensor in tensors.items()})
     assert find_nearest(renamed) == Nearest("mmlab/swin", target, problems)
-    few = {name: TensorSpec(name, (3,), "float32") for name in ("a.gamma", "b.gamma", "head.bias")}
+    few = {name: TensorSpec(name, (3,), "float32") for name in ("a.gamma", "c.gamma", "head.bias")}
     assert find_nearest(made_of(few)) is None
 
 
@@ -179,6 +180,22 @@ def test_refusals(source, metadata, outcome):
         assert str(caught.value).startswith(f"source.pth: is of mmlab/resnet, but timm cannot compute it: {outcome}")
 
 
+TRAINING_STATES = ("params/{} opt/0/mu/w step", "opt/target/{} opt/state/step extra/time", "target/{} state/step")
+
+
+@pytest.mark.parametrize("state", TRAINING_STATES)
+@pytest.mark.parametrize("family", [name for name in find_mappings() if name.startswith("jax/")])
+def test_training_states_of_jax(source, family, state):
+    """The weights of a family are found whatever the state that they lie in."""
+    title = next(iter(json.loads((PLANS / f"{family}.specs.json").read_text())))
+    bare = source(family, title)
+    weights, *others = state.split()
+    tensors = {weights.format(name): tensor for name, tensor in bare.tensors.items()}
+    found = arrange(tensors | {name: LazyTensor(TensorSpec(name, (), "float32"), unread) for name in others})
+    specs = {name: replace(tensor.spec, name=name) for name, tensor in found.tree.items()}
+    assert find_plan(made_of(specs)).skeleton == find_plan(bare).skeleton
+
+
 KERAS = "targets: {mobilenetv2_035: {grey: [0.4]}}\ndetect: [Conv1]\nleaves: keras\n"
 
 
@@ -204,6 +221,24 @@ def test_what_a_family_says_of_every_file(family, source):
 def test_keras_models_that_timm_cannot_express(specs, names, reason):
     with pytest.raises(NotExpressible, match=reason):
         find_plan(made_of(specs(names)))
+
+
+@pytest.mark.parametrize("width", [192, 64])
+def test_a_refusal_of_the_logits_alone(source, specs, width):
+    """Without its classifier the source may be had, whatever shape the classifier has."""
+    found = source("jax/vision_transformer", "flax, vit_tiny_patch16_224")
+    representation = f"pre_logits/kernel=192x{width} pre_logits/bias={width} head/kernel={width}x10"
+    checkpoint = made_of({**found.specs, **specs(representation)})
+    with pytest.raises(NotExpressible, match=r"a tanh .*; pass --num-classes 0 to have it without its classifier"):
+        find_plan(checkpoint, args={"num_classes": 7})
+    plan = find_plan(checkpoint, args={"num_classes": 0})
+    removed, gone = "the classifier was removed on request", "the representation layer, which goes with the classifier"
+    assert {name: drop.reason for name, drop in plan.drops.items()} == {
+        **{f"head/{leaf}": removed for leaf in ("kernel", "bias")},
+        **{f"pre_logits/{leaf}": gone for leaf in ("kernel", "bias")},
+    }
+    assert [change.text for change in plan.changes] == ["the classifier was removed"]
+    assert (plan.skeleton.model.num_classes, plan.unchanged.model.num_classes) == (0, 10)
 
 
 def test_a_family_without_targets_is_refused(family, specs):

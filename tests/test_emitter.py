@@ -193,6 +193,34 @@ def test_a_fill_that_overflows_is_refused(family, checkpoint, tmp_path):
         )
 
 
+def test_a_fill_may_be_computed(family, checkpoint, tmp_path):
+    mapping = family("rules: {a: b}\nfill: {p: sincos2d}")
+    source, square = checkpoint({"a": torch.ones(1)}), torch.arange(9)
+    for places, name in ((9, "a"), (8, "b")):
+        targets = checkpoint({"b": torch.ones(1), "p": torch.ones(1, places, 12)})
+        plan = make_plan(mapping, route(mapping, source.specs), Skeleton("tiny", {}, targets.specs, None))
+        if name == "b":
+            with pytest.raises(OutputError, match="p: sincos2d wants a square grid and a width in fours, not 8 places"):
+                write_tensors(plan, source, tmp_path / name)
+            return
+        write_tensors(plan, source, tmp_path / name)
+        found = load_file(tmp_path / name)["p"][0]
+        for column, place in enumerate((square % 3, square // 3)):  # x, then y; angles of 1, 1/100 and 1/10000
+            angles = place[:, None] * torch.tensor([1, 1e-2, 1e-4], dtype=torch.float64)
+            wanted = torch.cat([angles.sin(), angles.cos()], 1).float()
+            assert torch.equal(found[:, 6 * column : 6 * column + 6], wanted)
+
+
+def test_the_layers_of_stacks_are_written_apart(family, checkpoint, tmp_path):
+    mapping = family("rules:\n  'b.{i}.{q|k}': c.{i} | cat\nunstack: {b: 'b.{i}'}")
+    tensors = {"b.k.w": torch.arange(6.0).reshape(2, 3), "b.q.w": torch.arange(6.0, 12.0).reshape(2, 3)}
+    source, targets = checkpoint(tensors), checkpoint({"c.0.w": torch.empty(6), "c.1.w": torch.empty(6)})
+    skeleton = Skeleton("tiny", {}, targets.specs, None)
+    write_tensors(make_plan(mapping, route(mapping, source.specs), skeleton), source, tmp_path / "a")
+    found = load_file(tmp_path / "a")
+    assert found["c.0.w"].tolist() == [6, 7, 8, 0, 1, 2] and found["c.1.w"].tolist() == [9, 10, 11, 3, 4, 5]
+
+
 def test_each_source_is_read_once_in_the_order_of_the_file(family, checkpoint, tmp_path):
     mapping = family("rules:\n  in: 'to.{q|k|v} | chunk'\n  '{c|b}': x | cat\n  '{*}': '{*}'\ndrop: {d: r}")
     tensors = {

@@ -37,6 +37,10 @@ def counting(*shape: int) -> torch.Tensor:
         ("i o -> o i | cat 1", [(2, 3), (2, 3)], lambda x, y: [torch.cat([x.T, y.T], 1)]),
         ("zeros 1 | cat", [(2,), (2,)], lambda x, y: [torch.cat([x, torch.zeros(2), y])]),
         ("zeros 2", [(2,), (2,)], lambda x, y: [x, y, torch.zeros(2)]),
+        ("each", [(2, 3)], lambda x: [x[0], x[1]]),
+        ("each | i o -> o i", [(2, 3, 4)], lambda x: [x[0].T, x[1].T]),
+        ("each | cat 1", [(2, 3, 4), (2, 3, 5)], lambda x, y: [torch.cat([x[0], y[0]], 1), torch.cat([x[1], y[1]], 1)]),
+        ("flip | each | chunk", [(2, 4)], lambda x: [x[1, :2], x[1, 2:], x[0, :2], x[0, 2:]]),
         ("", [(2, 3), (4,)], lambda x, y: [x, y]),
     ],
 )
@@ -135,6 +139,19 @@ def test_std_eps_makes_one_standardisation_another():
     std, centre = torch.std_mean(kernel, (1, 2, 3), correction=0, keepdim=True)
     wanted = (kernel - centre) / (std + 1e-5)
     torch.testing.assert_close((scaled - mean) / (variance + 1e-8).sqrt(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_standardised_kernel():
+    kernel = torch.randn(5, 4, 3, 3)
+    (found,) = Pipeline.parse("standardize 1e-3").run([kernel])
+    variance, mean = torch.var_mean(kernel.double(), (1, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(found, (kernel - mean) / (variance + 1e-3).sqrt(), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(("shapes", "parts"), [([(2, 3)], 3), ([(0, 3)], 1), ([(2, 3), (3, 3)], 2), ([()], 1)])
+def test_stacks_that_do_not_fit(shapes, parts):
+    with pytest.raises(OpError, match=r"`each \| cat` does not take"):
+        Pipeline.parse("each | cat").shapes(shapes, parts)
 
 
 def test_named_ops():

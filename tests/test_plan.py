@@ -149,6 +149,20 @@ CLOSES = {
         "a.w=1 b.w=2 c.w=3 model.w=4",
         {"a.w": "model.net.a.w", "b.w": "b.w", "c.w": "net.c.w", "model.w": "net.model.w"},
     ),
+    "the layers of stacks": (
+        "b.{i}.{q|k}: c.{i+1} | cat\nb.{i}: c.{i+1}\n\nunstack: {b: 'b.{i}'}",
+        "b.q.kernel=2x4x5 b.k.kernel=2x4x5 b.norm.gamma=2x3",
+        "c.1.weight=10x4 c.2.weight=10x4 c.1.norm.weight=3 c.2.norm.weight=3",
+        {"c.1.weight": "b.q.kernel + b.k.kernel each | i o -> o i | cat", "c.1.norm.weight": "b.norm.gamma each"}
+        | {"c.2.weight": "b.q.kernel + b.k.kernel each | i o -> o i | cat [1]"}
+        | {"c.2.norm.weight": "b.norm.gamma each [1]"},
+    ),
+    "the layers of stacks, scattered": (
+        "b.{i}: c.{i}.{p|q} | chunk\n\nunstack: {a: 'b.{i}'}",
+        "a.w=2x4",
+        "c.0.p.w=2 c.0.q.w=2 c.1.p.w=2 c.1.q.w=2",
+        {f"c.{n // 2}.{'pq'[n % 2]}.w": f"a.w each | chunk{f' [{n}]' if n else ''}" for n in range(4)},
+    ),
     "dtypes of one kind": ("a: b", "a.w=2:float16 a.n=:int32", "b.w=2 b.n=:int64", {"b.w": "a.w", "b.n": "a.n"}),
 }
 KERAS = "targets: {resnet18: }\ndetect: [a]\nleaves: keras\n"
@@ -250,6 +264,20 @@ DOES_NOT_CLOSE = {
         "s.0.w=1",
         "nowhere bx.w, missing s.0.w",
     ),
+    "stacks of different depths": (
+        "b.{i}.{q|k}: c.{i} | cat\n\nunstack: {b: 'b.{i}'}",
+        "b.q.w=1x4 b.k.w=2x4",
+        "c.0.w=8 c.1.w=8",
+        "clash b.k.w, incomplete c.0.w, incomplete c.1.w",
+    ),
+    "fewer modules than a stack has layers": (
+        "b.{i}: c.{i}\n\nunstack: {b: 'b.{i}'}",
+        "b.w=2x4",
+        "c.0.w=4",
+        "nowhere b.w",
+    ),
+    "a stack of none": ("b.{i}: c.{i}\n\nunstack: {b: 'b.{i}'}", "b.w=0x4", "c.0.w=4", "unmatched b.w, missing c.0.w"),
+    "a stack beyond reason": ("b.{i}: c\n\nunstack: {b: 'b.{i}'}", "b.w=2000000000x0", "", "unmatched b.w"),
     "no guard that holds": ("a: {to: x, when: {target: y}}", "a.w=1", "x.w=1", "nowhere a.w, missing x.w"),
     "everything at once": (
         "a: x\nb: x\nc: y\nd: z",
@@ -332,6 +360,11 @@ def test_classes_and_channels_are_read_off_the_source(family, specs, sources, ar
 def test_a_target_without_classes_is_asked_for_none(family, specs, classifiers):
     mapping = family("rules: {stem: conv1}", KERAS)
     assert read_off(mapping, route(mapping, specs("stem/kernel=7x7x3x64")), Traits(classifiers, ("conv1",), 0, 3)) == {}
+
+
+def test_the_layers_of_a_stack_share_an_origin(plan):
+    closed = plan(rules("b.{i}: c.{i}\n\nunstack: {b: 'b.{i}'}"), "b.w=3x4", "c.0.w=4 c.1.w=4 c.2.w=4")
+    assert [[step.part for step in steps] for steps in closed.origins.values()] == [[0, 1, 2]]
 
 
 def test_a_fill_with_a_reason_is_a_caveat(plan):

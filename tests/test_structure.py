@@ -20,7 +20,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 FLOORS = (  # a module imports from lower floors only; a package counts as one
-    ("calculations", "errors", "tensors"),
+    ("calculations", "errors", "rearrangements", "tensors"),
     ("card", "folders", "folding", "names", "numbering", "ops", "soundness", "strict_yaml", "values"),
     ("normalizers",),
     ("rows", "schema", "signature", "target", "readers"),

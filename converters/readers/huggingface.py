@@ -102,7 +102,7 @@ def _read_shards(path: Path) -> Contents:
     shards = sorted(set(weight_map.values()))
     ending = next((one for one in KINDS if f"{one}{INDEX}" in path.name or shards[0].endswith(one)), "")
     if ending == ".h5":
-        raise CheckpointError("is of TensorFlow's shards, which are not read", file=path, cure="save as safetensors")
+        weight_map = {_keras_name(name): shard for name, shard in weight_map.items()}
     if stray := next((name for name in shards if not name.endswith(ending)), None):
         problem = f"needs {printable(stray, 80)}, which is no {KINDS[ending][0]} file, as others are"
         raise UnsafeCheckpoint(problem, file=path)
@@ -120,6 +120,16 @@ def _read_shards(path: Path) -> Contents:
         files=(index_file, *(file for contents in found for file in contents.files)),
         integrity="; ".join(dict.fromkeys(contents.integrity for contents in found)),
     )
+
+
+def _keras_name(name: str) -> str:
+    """What a TensorFlow shard's reader calls a variable of the index, which begins with its model.
+
+    >>> _keras_name("tf_model/vit/encoder/layer_._0/dense/kernel:0")
+    'vit/encoder/layer_._0/dense/kernel'
+    """
+    is_whole = "model." in name or "/" not in name  # the writer's own rule
+    return (name if is_whole else name.partition("/")[2]).removesuffix(":0")
 
 
 def _is_less(total: Any, nbytes: int) -> bool:

@@ -153,7 +153,7 @@ class Origin(_Part):
     ops: str = ""
     line: int | None = None
     part: tuple[int, int] = (0, 1)  # which of the parts that the ops make, from 0, and how many those are
-    fill: float | None = None
+    fill: float | str | None = None  # a value, or a formula's name
 
 
 class Conversion(_Part):

@@ -116,7 +116,7 @@ def _folds(tensors: Mapping[str, Origin]) -> Iterable[Fold]:
         alike.setdefault(key, []).append((name, origin))
     for members in alike.values():
         origin = members[0][1]
-        constant = None if origin.fill is None else f"the constant {origin.fill:g}"
+        constant = None if origin.fill is None else _filling(origin.fill)
         yield Fold(
             _folded(name for name, _ in members),
             constant or " + ".join(map(_folded, zip(*(origin.sources for _, origin in members), strict=True))),
@@ -124,6 +124,10 @@ def _folds(tensors: Mapping[str, Origin]) -> Iterable[Fold]:
             origin.line,
             tuple((name, constant or _sources(origin)) for name, origin in members),
         )
+
+
+def _filling(fill: float | str) -> str:
+    return f"the formula {fill}" if isinstance(fill, str) else f"the constant {fill:g}"
 
 
 def _sources(origin: Origin) -> str:

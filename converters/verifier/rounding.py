@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.calculations import constant
 from converters.errors import CheckpointError, printable
 from converters.ops import OpError, Pipeline
 from converters.readers import Checkpoint
@@ -45,20 +46,25 @@ def unrounded(subject: Subject, checkpoint: Checkpoint) -> tuple[dict[str, Any],
     with safe_open(path, "pt") as stored:
         names = set(stored.keys())
         for name, origin in subject.tensors.items():
-            if "from" not in origin or name in subject.changed:
-                continue
-            if subject.dtype == "source" and _moves_only(origin):
+            if not _is_computed(name, origin, subject):
                 continue
             given = stored.get_tensor(name) if name in names else None
-            right = _recomputed(name, subject, checkpoint)
+            right = _recomputed(name, subject, checkpoint, given)
             if not right.is_floating_point() or (given is not None and given.dtype == right.dtype):
                 continue
-            kept = checkpoint.tensors[origin["from"][0]].spec.dtype
+            kept = checkpoint.tensors[origin["from"][0]].spec.dtype if "from" in origin else "float32"
             dtypes.append(kept if subject.dtype == "source" else subject.dtype)
             exact[name] = right
             if given is None or not _is_rounded(given, right, dtypes[-1]):
                 wrong.append(name)
     return exact, Rounding(dtypes[0], len(dtypes), tuple(wrong)) if dtypes else None
+
+
+def _is_computed(name: str, origin: Mapping[str, Any], subject: Subject) -> bool:
+    """Whether it may have been rounded: by an op that calculates, by a formula, or since that was asked for."""
+    if "from" not in origin:
+        return isinstance(origin.get("fill"), str)
+    return name not in subject.changed and not (subject.dtype == "source" and _moves_only(origin))
 
 
 def _moves_only(origin: Mapping[str, Any]) -> bool:
@@ -93,17 +99,19 @@ def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.abs(rounded) > most, np.copysign(np.inf, values), rounded)
 
 
-def _recomputed(name: str, subject: Subject, checkpoint: Checkpoint) -> Any:
-    """A target's tensor in the source's dtype, or in float64 where an op calculates it."""
+def _recomputed(name: str, subject: Subject, checkpoint: Checkpoint, given: Any) -> Any:
+    """A target's tensor in the source's dtype, or in float64 where an op or a formula calculates it."""
     import torch
 
     origin = subject.tensors[name]
     try:
+        if "from" not in origin:
+            return constant(origin["fill"], tuple(given.shape), torch.float64)
         sources = [checkpoint.tensors[source] for source in origin["from"]]
         tensors = [to_torch(source.read(), source.spec) for source in sources]
         part, parts = origin.get("part", (0, 1))
         found: torch.Tensor = Pipeline.parse(origin["ops"]).run(tensors, parts)[part]
-    except (KeyError, IndexError, TypeError, OpError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, OpError, ValueError) as error:
         problem = f"does not give it as conversion.json says: {printable(str(error))}"
         raise CheckpointError(problem, file=checkpoint.path, tensor=name) from error
     return found

@@ -30,6 +30,7 @@ SAVE: dict[str, Callable[[dict[str, torch.Tensor], Path], Any]] = {
     "model.safetensors": lambda tensors, path: save_file(tensors, path, metadata={"format": "pt"}),
     "pytorch_model.bin": torch.save,
 }
+FIRST_TF = "tf_model-00001-of-00002.h5"
 ONES = np.ones(6, "f4").tobytes()[::4]
 LOAD: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {"safetensors": load_file, "bin": torch.load}
 
@@ -113,9 +114,24 @@ def test_a_folder_with_nothing_but_tensorflow_weights(tmp_path: Path) -> None:
         group["tf_vit_model/vit/layer_._0/query/kernel:0"] = np.ones((2, 3), "f4")
     found = open_checkpoint(tmp_path)
     assert list(found.tensors) == ["vit/layer_._0/query/kernel"]
-    write_index(tmp_path / "tf_model.h5.index.json", {"weight_map": {"a": "tf_model-00001-of-00002.h5"}})
-    with pytest.raises(CheckpointError, match="is of TensorFlow's shards, which are not read; save as safetensors"):
-        open_checkpoint(tmp_path / "tf_model.h5.index.json")
+
+
+def test_shards_of_tensorflow_weights(tmp_path: Path) -> None:
+    """As Transformers wrote them: a shard lists its variables, without the model that the index has before them."""
+    names = {"vit/layer_._0/query/kernel:0": (2, 3), "vit/layer_._0/query/bias:0": (3,), "classifier/bias:0": (5,)}
+    weight_map = {f"tf_vit/{name}": f"tf_model-0000{1 + i // 2}-of-00002.h5" for i, name in enumerate(names)}
+    for name in names:
+        with h5py.File(tmp_path / weight_map[f"tf_vit/{name}"], "a") as file:
+            file[name] = np.full(names[name], len(name), "f4")
+            file.attrs["layer_names"] = np.array([*file.attrs.get("layer_names", []), name.encode()], "S")
+    write_index(tmp_path / "tf_model.h5.index.json", {"metadata": {"total_size": 56}, "weight_map": weight_map})
+    found = open_checkpoint(tmp_path)
+    assert {f"{name}:0": spec.shape for name, spec in found.specs.items()} == names
+    for name, tensor in found.tensors.items():
+        assert bytes(tensor.read()) == np.full(tensor.spec.shape, len(name) + 2, "f4").tobytes()
+    write_index(tmp_path / "tf_model.h5.index.json", {"weight_map": {**weight_map, "tf_vit/ghost:0": FIRST_TF}})
+    with pytest.raises(CheckpointError, match=r"ghost: is not in tf_model-00001-of-00002\.h5; are its shards of one"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"])

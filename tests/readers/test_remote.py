@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,7 @@ from converters.readers import remote
 from converters.readers.remote import RemotePath, fetch, ranges
 from converters.readers.remote import cache as stored
 
+write = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "tensorflow" / "bundle_writer.py")))
 TENSORS = {f"layer{number}.weight": torch.randn(512, 512) for number in range(20)}  # 20 MB
 
 
@@ -367,7 +369,7 @@ def test_no_neighbour_is_opened(
     monkeypatch.chdir(tmp_path)
     memory.pipe(f"/a/{name}", content)
     memory.read.clear()
-    with pytest.raises(CheckpointError, match=r"not opened|no file beside it|not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"not opened|no file beside it|not a checkpoint|no footer"):
         open_checkpoint(f"memory://a/{name}")
     assert {path for path, _ in memory.read} == {f"/a/{name}"}
 
@@ -509,8 +511,9 @@ def test_a_folder_is_fetched_by_what_its_index_names(shelf: Path, memory: Memory
         ({"model.safetensors.index.json": INDEX.replace(b"model-", b"../x/")}, "which is no file beside it"),
         ({"model.safetensors.index.json": INDEX.replace(b"model-", b"http://x/")}, "which is no file beside it"),
         ({"model.safetensors.index.json": None}, "is a folder without a checkpoint"),
-        ({"checkpoint": b'model_checkpoint_path: "m"', "m.index": b"bytes"}, "of which there is no index"),
-        ({"m.index": b"bytes"}, "not opened; fetch the folder and give its path"),
+        ({"checkpoint": b'model_checkpoint_path: "m"'}, "of which there is no index"),
+        ({"checkpoint": b'model_checkpoint_path: "../x/m"'}, "which lies outside its folder"),
+        ({"m.index": b"bytes"}, r"memory://org/repo/m\.index: "),
         ({"_METADATA": b"{}", "model.safetensors.index.json": None}, "not opened; fetch the folder"),
     ],
 )
@@ -527,6 +530,37 @@ def test_a_folder_that_cannot_be_read(
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint("memory://org/repo")
     assert all(path.startswith("/org/repo/") for path, _ in memory.read)
+
+
+@pytest.mark.parametrize("url", ["memory://org/tf", "memory://org/tf/model.ckpt.index"])
+@pytest.mark.parametrize("way", [str, fetch])
+def test_a_tensorflow_checkpoint_is_read_by_what_its_index_names(
+    url: str, way: Callable[[str], Any], memory: Memory, cache: Path, tmp_path: Path
+) -> None:
+    data, more = bytes(range(24)), bytes(range(12))
+    rows = {b"": write.header(2), b"w": write.entry(data, (2, 3)), b"x": write.entry(more, (3,), shard=1)}
+    write.bundle(tmp_path / "model.ckpt", rows, data, more)
+    (tmp_path / "checkpoint").write_bytes(b'model_checkpoint_path: "model.ckpt"')
+    for path in tmp_path.glob("*"):
+        if path.is_file():
+            memory.pipe(f"/org/tf/{path.name}", path.read_bytes())
+    memory.pipe("/org/tf/model.ckpt.meta", b"graph")
+    memory.read.clear()
+    found, local = open_checkpoint(way(url)), open_checkpoint(tmp_path)
+    assert (found.format, found.specs, found.sha256()) == (local.format, local.specs, local.sha256())
+    assert all(tensor.read() == local.tensors[name].read() for name, tensor in found.tensors.items())
+    assert not {path for path, _ in memory.read} & {"/org/tf/model.ckpt.meta"}
+
+
+def test_a_saved_model_is_a_folder(memory: Memory, tmp_path: Path) -> None:
+    data = bytes(range(24))
+    (tmp_path / "variables").mkdir()
+    write.bundle(tmp_path / "variables" / "variables", {b"": write.header(), b"w": write.entry(data, (2, 3))}, data)
+    for path in (tmp_path / "variables").iterdir():
+        memory.pipe(f"/org/saved/variables/{path.name}", path.read_bytes())
+    found, local = open_checkpoint("memory://org/saved"), open_checkpoint(tmp_path)
+    assert (found.format, found.specs, found.sha256()) == (local.format, local.specs, local.sha256())
+    assert found.tensors["w"].read() == data
 
 
 def test_a_repository_of_the_hub_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,5 +112,24 @@ def test_what_is_calculated_is_compared_before_it_is_rounded(tmp_path, family):
     assert unrounded(subject, source)[1].wrong == ("bn1.running_var",)
 
 
+def test_what_a_formula_gives_is_compared_before_it_is_rounded(tmp_path, family):
+    import timm
+
+    rows = "{cls_token: cls_token, patch_embed: patch_embed, blocks: blocks, norm: norm, head: head}"
+    mapping = family(f"rules: {rows}\nfill: {{pos_embed: sincos2d}}\n", "targets: {test_vit: }\ndetect: [head]\n")
+    args = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    state = timm.create_model("test_vit", num_classes=3, **args).state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if name != "pos_embed"}, tmp_path / "source.pth")
+    convert(tmp_path / "source.pth", tmp_path / "out", family=str(mapping.path), args=args)
+    subject, source = read_subject(tmp_path / "out"), open_checkpoint(tmp_path / "source.pth")
+    exact, rounding = unrounded(subject, source)
+    assert (list(exact), rounding.dtype, rounding.passed) == (["pos_embed"], "float32", True)
+    assert 0 < (exact["pos_embed"] - exact["pos_embed"].float()).abs().max() < 1e-7
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["pos_embed"][0, 3, 3] += 1e-5
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert unrounded(subject, source)[1].wrong == ("pos_embed",)
+
+
 def test_a_kept_dtype_is_not_looked_at(tapped):
     assert unrounded(read_subject(tapped.folder), open_checkpoint(tapped.source)) == ({}, None)

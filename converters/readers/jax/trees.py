@@ -24,6 +24,7 @@ ASIDE = {
     **dict.fromkeys((*OPTIMIZERS, "opt_state", "optimizer_state"), "optimizer state"),
     **dict.fromkeys(("step", "global_step"), "step counter"),
     **dict.fromkeys(("rng", "rngs", "dropout_rng"), "random generator state"),
+    "extra": "counters and times of the training",
 }
 VALUE = "/value"  # follows every name in a state of flax.nnx
 MAX_WRAPPERS = 8
@@ -51,8 +52,9 @@ def arrange(leaves: Mapping[str, Any]) -> Arranged:
         parts = _split(tensors)
         wrappers += _take_targets(parts)
         weights = [top for top in WEIGHTS if top in parts]
-        for top in [top for top in parts if weights and top in ASIDE]:
-            set_aside[top if "" in parts[top] else f"{top}/**"] = ASIDE[top]
+        aside = {**ASIDE, "state": ASIDE["opt"]} if weights == ["target"] else ASIDE
+        for top in [top for top in parts if weights and top in aside]:
+            set_aside[top if "" in parts[top] else f"{top}/**"] = aside[top]
             del parts[top]
         states = [top for top in STATES if top in parts]
         averaged = [top for top in parts if weights and is_averaged(top)]

@@ -194,6 +194,10 @@ def name_legacy(hdf5: Groups, root: str, layers: list[Layer]) -> Iterator[Variab
     if _join(root, TOP) in hdf5.groups:
         listed[TOP] = None
     for layer in listed:
+        if _join(root, layer) in hdf5.datasets:  # a shard of Transformers lists its variables
+            module, _, role = layer.removesuffix(":0").rpartition("/")
+            yield Variable(_join(root, layer), module, module, module, role)
+            continue
         modules = _weights(hdf5, _join(root, layer), layer)
         is_model = layer in by_name and by_name[layer].is_model
         for module, weights in modules.items():

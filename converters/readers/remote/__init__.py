@@ -1,11 +1,13 @@
 """Remote sources: what lies behind a URL, read by ranges where a look is enough, else fetched once into a cache.
 
 A `RemotePath` is to readers what a path is, so that none of them knows; `SourceFile` asks it who reads it. A URL names
-one file, and nothing beside it is opened; or a folder, of which those files are that its index names.
+one file, and nothing beside it is opened but the data files of TensorFlow's `NAME.index`; or a folder, of which those
+files are that its index names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,8 +20,17 @@ from converters.readers.remote.cache import Progress, keep
 from converters.readers.remote.ranges import Ranges, persist
 from converters.readers.remote.stores import Folder, find_store, without_secrets
 
-__all__ = ["FetchedFile", "RemoteFile", "RemoteFolder", "RemotePath", "fetch", "fetch_path", "open_remote"]
+__all__ = [
+    "FetchedFile",
+    "RemoteFile",
+    "RemoteFolder",
+    "RemotePath",
+    "fetch",
+    "fetch_path",
+    "open_remote",
+]
 
+INDEX, DATA_FILE = ".index", re.compile(r"\.index|\.data-\d{5}-of-\d{5}")
 NO_RANGES = "the server reads no ranges, so the whole file was fetched"
 
 
@@ -148,6 +159,19 @@ class RemoteFolder:
         return self._url + url[len(self.url) :]
 
 
+class _Bundle(RemoteFolder):
+    """The files of a TensorFlow checkpoint, whose names its index tells: no folder is listed."""
+
+    def files(self, url: str) -> frozenset[str]:
+        return frozenset()
+
+    def holds(self, url: str) -> bool:
+        return url.startswith(self.url) and bool(DATA_FILE.fullmatch(url[len(self.url) :]))
+
+    def is_folder(self, url: str) -> bool:
+        return False
+
+
 class RemoteFile(SourceFile):
     """A file that is read by ranges, with the face of a SourceFile."""
 
@@ -206,6 +230,7 @@ def _open(url: str, whole: bool = False, progress: Progress | None = None) -> Re
     if isinstance(store, Folder):
         folder = RemoteFolder(url, whole, progress)
         return RemotePath(folder.url, folder=folder)
+    beside = _Bundle(url.removesuffix(INDEX), whole, progress) if url.endswith(INDEX) else None
     if store.by_range and not whole:
-        return RemotePath(shown, Ranges(store, shown))
-    return RemotePath(shown, local=keep(store, url, progress), note="" if whole else NO_RANGES)
+        return RemotePath(shown, Ranges(store, shown), folder=beside)
+    return RemotePath(shown, local=keep(store, url, progress), note="" if whole else NO_RANGES, folder=beside)

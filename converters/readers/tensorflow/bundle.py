@@ -99,7 +99,7 @@ def open_bundle(prefix: Path) -> Bundle:
     Raises DamagedCheckpoint where entries contradict themselves, each other or the files' sizes, or a data file
     is missing; UnsafeCheckpoint where the index is absurdly large; CheckpointError where it is no bundle's.
     """
-    index = SourceFile(f"{prefix}.index")
+    index = SourceFile(prefix.with_name(f"{prefix.name}.index"))
     if index.size > MAX_INDEX:
         raise UnsafeCheckpoint(f"an index of {index.size} bytes is beyond reason", file=index.path)
     table = read_table(index)
@@ -187,7 +187,8 @@ def _open_shards(prefix: Path, count: int, index: SourceFile, entries: dict[str,
         if place.shard not in range(count):
             raise DamagedCheckpoint(f"lies in data file {place.shard} of {count}", file=index.path, tensor=name)
         if place.shard not in shards:
-            shards[place.shard] = _open_shard(Path(f"{prefix}.data-{place.shard:05}-of-{count:05}"), name)
+            path = prefix.with_name(f"{prefix.name}.data-{place.shard:05}-of-{count:05}")
+            shards[place.shard] = _open_shard(path, name)
             end = 0
         file, stop = shards[place.shard], place.offset + place.size
         if not 0 <= place.offset <= stop <= file.size:

@@ -95,10 +95,17 @@ def _latest(state: Path, named: bytes) -> Path:
         name = named.decode("unicode_escape").encode("latin-1").decode()
     except UnicodeError as error:
         raise DamagedCheckpoint("names a checkpoint by what is not UTF-8", file=state) from error
-    prefix = Path(os.path.normpath(state.parent / name))
     shown, cure = f'names "{printable(name)}" as the latest', "give the path of the checkpoint itself"
-    if "\0" in name or not Path(os.path.realpath(prefix.parent)).is_relative_to(os.path.realpath(state.parent)):
+    if hasattr(type(state), "source_file"):  # behind a URL, where only names are followed
+        prefix, is_outside = state.parent / name, bool({"/", "\\", ":"} & set(name))
+        is_there = _index(prefix).is_file()
+    else:
+        prefix = Path(os.path.normpath(state.parent / name))
+        folder = os.path.realpath(state.parent)
+        is_outside = "\0" in name or not Path(os.path.realpath(prefix.parent)).is_relative_to(folder)
+        is_there = not is_outside and (os.path.isfile(f"{prefix}.index") or os.path.isfile(prefix))
+    if is_outside:
         raise UnsafeCheckpoint(f"{shown}, which lies outside its folder", file=state, cure=cure)
-    if not (os.path.isfile(f"{prefix}.index") or os.path.isfile(prefix) or _tables_of(prefix)):
+    if not (is_there or _tables_of(prefix)):
         raise CheckpointError(f"{shown}, of which there is no index", file=state, cure=cure)
     return prefix

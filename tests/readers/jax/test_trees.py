@@ -33,6 +33,13 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], dict[str, str]]] = {  # held, 
         {"step": STEP, "opt_state/**": OPTIMIZER, "rng": RANDOM},
     ),
     "an optimizer's target": ("opt/target/w opt/state/step", "w", ("opt", "target"), {"opt/**": OPTIMIZER}),
+    "an optimizer that is all there is": ("target/w state/step", "w", ("target",), {"state/**": OPTIMIZER}),
+    "what training keeps beside": (
+        "opt/target/w opt/state/step extra/time",
+        "w",
+        ("opt", "target"),
+        {"opt/**": OPTIMIZER, "extra/**": "counters and times of the training"},
+    ),
     "nothing but a target": ("opt/target/w", "w", ("opt", "target"), {}),
     "an optimizer's target with collections": (
         "optimizer/target/params/w optimizer/state/s model_state/batch_stats/bn/mean global_step",
