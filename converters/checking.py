@@ -33,6 +33,7 @@ __all__ = ["Case", "Check", "check"]
 
 BATCH = 4  # from which batch norms take their statistics
 SIZE = 96  # pixels, for models that take any size: a feature map of stride 32 still has a middle
+MOST = 256  # for models that are built for one size, and can be for a half or a quarter of it
 SUFFIXES = {"keras": ".weights.h5", "flax": ".npz", "tensorflow": ".ckpt"}
 
 Place = tuple[str, int]  # a target, and the number of a reference
@@ -196,7 +197,10 @@ def _prove(
     question, start = closing.question, time.monotonic()
     at = mapping, question.target, question.number
     routes, outcome, verdict, detail = closing.routes, "failed", None, ""
-    smaller = None if question.img_size or img_size else pose(*at, question.size[-1] // 2, rebuilt=True)
+    side = question.size[-1] // 2
+    while side > MOST:
+        side //= 2
+    smaller = None if question.img_size or img_size else pose(*at, side, rebuilt=True)
     whole = question if img_size or not question.img_size else pose(*at, None)
     for one in dict.fromkeys(filter(None, (smaller, question, whole))):
         try:

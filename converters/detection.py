@@ -128,7 +128,7 @@ def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
 
 
 def _alike(checkpoint: Checkpoint) -> list[Family]:
-    """The family with rows for the most tensors, half at least; of those of which a name is there, or else of all."""
+    """Families with rows for the most tensors, half at least; of those of which a name is there, or else of all."""
     shares: list[tuple[float, str]] = []
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
@@ -141,7 +141,8 @@ def _alike(checkpoint: Checkpoint) -> list[Family]:
     routes = [route(mapping, checkpoint.specs) for mapping in families]
     rows = [sum(bool(item.match and item.match.rank[1]) for item in items) for items in routes]  # some match anything
     best = max(rows, default=0)
-    return [families[rows.index(best)]] if best and 2 * best >= len(checkpoint.tensors) else []
+    enough = best and 2 * best >= len(checkpoint.tensors)
+    return [mapping for mapping, count in zip(families, rows, strict=True) if enough and count == best]
 
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:

@@ -129,7 +129,7 @@ class MappingFile(_Strict):
     unstack: dict[str, str] = {}  # modules whose tensors are stacks: the name that layer {i} of them has for the rows
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
-    fill: dict[str, int | float | str | FillFile] = {}  # a value, or the name of a formula: sincos2d
+    fill: dict[str, int | float | str | FillFile] = {}  # a value, or the name of a formula: identity, sincos2d
     # a number, or a pattern of the source's modules: the target's, counted through; a list: in the target's order
     enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}

@@ -104,9 +104,9 @@ def test_ops_run_on_the_way(emit):
 
 
 def test_a_gather_and_a_fill(family, checkpoint, tmp_path):
-    mapping = family("rules:\n  '{q|k}': x | cat\nfill: {x.n: 7, x.s: 0.5}")
+    mapping = family("rules:\n  '{q|k}': x | cat\nfill: {x.n: 7, x.s: 0.5, x.k: identity}")
     tensors = {"k.w": torch.full((2,), 2.0), "q.w": torch.full((2,), 1.0)}
-    targets = {"x.w": torch.empty(4), "x.n": torch.tensor(0), "x.s": torch.empty(2)}
+    targets = {"x.w": torch.empty(4), "x.n": torch.tensor(0), "x.s": torch.empty(2), "x.k": torch.empty(3, 3, 3, 5)}
     source = checkpoint(tensors)
     skeleton = Skeleton("tiny", {}, checkpoint(targets).specs, None)
     write_tensors(make_plan(mapping, route(mapping, source.specs), skeleton), source, tmp_path / "a", dtype="bfloat16")
@@ -114,6 +114,8 @@ def test_a_gather_and_a_fill(family, checkpoint, tmp_path):
     assert found["x.w"].tolist() == [1, 1, 2, 2]
     assert (found["x.n"].item(), found["x.n"].dtype) == (7, torch.int64)
     assert (found["x.s"].tolist(), found["x.s"].dtype) == ([0.5, 0.5], torch.bfloat16)
+    image = torch.arange(1.0, 106).reshape(1, 3, 5, 7)
+    assert torch.equal(torch.conv2d(image, found["x.k"].float(), padding=(1, 2)), image)
 
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
