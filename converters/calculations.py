@@ -91,4 +91,20 @@ def _sincos2d(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)[None]
 
 
-FORMULAS: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {"sincos2d": _sincos2d}
+def _identity(shape: tuple[int, ...]) -> torch.Tensor:
+    """A matrix or a kernel (channels, channels, ...) that gives every channel as it came.
+
+    >>> constant("identity", (2, 2, 3), None).tolist()
+    [[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]
+    """
+    import torch
+
+    if len(shape) < 2 or shape[0] != shape[1]:
+        raise ValueError(f"identity wants as many inputs as outputs, not the shape {shape}")
+    kernel, middle = torch.zeros(shape, dtype=torch.float64), [size // 2 for size in shape[2:]]
+    for channel in range(shape[0]):
+        kernel[(channel, channel, *middle)] = 1
+    return kernel
+
+
+FORMULAS: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {"identity": _identity, "sincos2d": _sincos2d}

@@ -16,8 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy
+
 from converters.closing import Closing, Question, Unbuilt, ask, build, close, place_of, pose, unaided
 from converters.conversion import convert
+from converters.dropped import known_values
 from converters.errors import ConverterError, MappingError
 from converters.lint import Finding, lint_closings, lint_file
 from converters.mapping import Mapping, load_mapping
@@ -30,6 +33,7 @@ __all__ = ["Case", "Check", "check"]
 
 BATCH = 4  # from which batch norms take their statistics
 SIZE = 96  # pixels, for models that take any size: a feature map of stride 32 still has a middle
+MOST = 256  # for models that are built for one size, and can be for a half or a quarter of it
 SUFFIXES = {"keras": ".weights.h5", "flax": ".npz", "tensorflow": ".ckpt"}
 
 Place = tuple[str, int]  # a target, and the number of a reference
@@ -193,7 +197,10 @@ def _prove(
     question, start = closing.question, time.monotonic()
     at = mapping, question.target, question.number
     routes, outcome, verdict, detail = closing.routes, "failed", None, ""
-    smaller = None if question.img_size or img_size else pose(*at, question.size[-1] // 2, rebuilt=True)
+    side = question.size[-1] // 2
+    while side > MOST:
+        side //= 2
+    smaller = None if question.img_size or img_size else pose(*at, side, rebuilt=True)
     whole = question if img_size or not question.img_size else pose(*at, None)
     for one in dict.fromkeys(filter(None, (smaller, question, whole))):
         try:
@@ -218,12 +225,18 @@ def _compare(
     source, out = folder / f"source{SUFFIXES.get(block['runner'], '.pth')}", folder / "converted"
     model = {key: block[key] for key in ("runner", "model")}
     job = {"task": "write_weights", **model, "out": str(source), "prefix": closing.prefix, "training": True}
+    job["input"] = [BATCH, *question.size]
     try:
-        run_task({**job, "input": [BATCH, *question.size]}, **ways)
+        run_task(job, **ways)
         how: dict[str, Any] = {"family": unaided(mapping)}
         if question.rebuilt:  # such shapes may be another target's
             how = {"family": mapping.name, "target": question.target}
-        done = convert(source, out, **how, img_size=question.img_size, overwrite=True, allow_deviation=True)
+        how["img_size"] = question.img_size
+        planned = convert(source, out, **how, dry_run=True)
+        if known := dict(known_values(planned.plan, planned.checkpoint)):
+            numpy.savez(folder / "known.npz", **known)
+            run_task({**job, "known": str(folder / "known.npz")}, **ways)
+        done = convert(source, out, **how, overwrite=True, allow_deviation=True)
         return route(mapping, done.checkpoint.specs), verify(out, source, mutants=mutants, quick=True, **ways)
     finally:
         source.unlink(missing_ok=True)

@@ -168,7 +168,7 @@ def _as_saved(mapping: Mapping, question: Question, specs: Dict[str, TensorSpec]
     """The checkpoint, under a prefix that the mapping strips where the bare names are not the family's."""
     found = []
     for prefix in ("", *(f"{one.text}." for one in mapping.strip if not re.search(r"[*{]", one.text))):
-        around = {name: TensorSpec(name, shape, "float32") for name, shape in AROUND.items()} if prefix else {}
+        around = {name: TensorSpec(name, shape, "float32") for name, shape in AROUND.get(prefix, {}).items()}
         lying = around | {prefix + n: TensorSpec(prefix + n, s.shape, s.dtype) for n, s in specs.items()}
         tensors = {name: _unread(spec) for name, spec in lying.items()}
         said = {"cfg": re.sub(r"'(\w+)': ", r"\1=", repr(question.block["model"]))}

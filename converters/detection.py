@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -18,13 +19,12 @@ from converters.diagnosis import diagnose
 from converters.errors import NotExpressible, PlanError, TargetError, printable
 from converters.mapping import Mapping as Family
 from converters.mapping import find_mappings, load_mapping, mappings_folder
-from converters.names import Pattern
 from converters.plan import Plan, make_plan, read_off, rendered, without_classifier
 from converters.preprocessing import fold_normalization, read_preprocessing, take_bgr
 from converters.readers import Checkpoint
 from converters.routes import Problem, Route, route
 from converters.schema import Evidence, ReferenceFile, Refusal
-from converters.signature import read_signature
+from converters.signature import Sign, read_signature
 from converters.target import build_skeleton, is_known, traits_of
 from converters.values import filled
 
@@ -128,7 +128,7 @@ def find_nearest(checkpoint: Checkpoint) -> Nearest | None:
 
 
 def _alike(checkpoint: Checkpoint) -> list[Family]:
-    """The family with rows for the most tensors, half at least; of those of which a name is there, or else of all."""
+    """Families with rows for the most tensors, half at least; of those of which a name is there, or else of all."""
     shares: list[tuple[float, str]] = []
     for name, path in find_mappings().items():
         signature = read_signature(path.read_text("utf-8")) or load_mapping(name)
@@ -141,7 +141,8 @@ def _alike(checkpoint: Checkpoint) -> list[Family]:
     routes = [route(mapping, checkpoint.specs) for mapping in families]
     rows = [sum(bool(item.match and item.match.rank[1]) for item in items) for items in routes]  # some match anything
     best = max(rows, default=0)
-    return [families[rows.index(best)]] if best and 2 * best >= len(checkpoint.tensors) else []
+    enough = best and 2 * best >= len(checkpoint.tensors)
+    return [mapping for mapping, count in zip(families, rows, strict=True) if enough and count == best]
 
 
 def applying_families(checkpoint: Checkpoint) -> list[Family]:
@@ -305,13 +306,18 @@ def _holds(when: Evidence, checkpoint: Checkpoint, routes: tuple[Route, ...]) ->
 
 
 def _are_there(sources: list[str], routes: tuple[Route, ...]) -> bool:
-    patterns = map(Pattern.parse, sources)
-    return all(any(pattern.match(item.own) for item in routes) for pattern in patterns)
+    names, shapes = [item.own for item in routes], [item.spec.shape for item in routes]
+    return all(Sign.parse(source, {}).found(names, shapes) for source in sources)
 
 
 def _squeezed(text: str) -> str:
-    """Text without spaces, quotes and escapes: configurations are written in many styles."""
-    return "".join(c for c in text.replace("\\n", "") if c not in " \t\r\n'\"\\")
+    """Text without spaces, quotes, escapes and last commas: configurations are written in many styles.
+
+    >>> _squeezed("dilations=(\\n    1,\\n    2,\\n)"), _squeezed("dilations=(1, 2)")
+    ('dilations=(1,2)', 'dilations=(1,2)')
+    """
+    bare = "".join(c for c in text.replace("\\n", "") if c not in " \t\r\n'\"\\")
+    return re.sub(r",(?=[)\]}])", "", bare)
 
 
 def _first_names(checkpoint: Checkpoint) -> str:

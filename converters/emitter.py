@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from converters.calculations import constant
+from converters.dropped import check_dropped
 from converters.errors import CheckpointError, OutputError
 from converters.ops import OpError
 from converters.plan import Plan, Step
 from converters.readers import Checkpoint
 from converters.soundness import find_fault
-from converters.target import compute_buffers
 from converters.tensors import DTYPES, LazyTensor, TensorSpec, from_torch, to_torch
 
 __all__ = ["write_tensors"]
@@ -78,7 +78,7 @@ def write_tensors(
         os.close(file)
     if not allow_nan:
         _check_values(plan, checkpoint, {name: fault for name, one in faults.items() if (fault := one.result())})
-    _check_dropped(plan, checkpoint)
+    check_dropped(plan, checkpoint)
     for source in checkpoint.files:
         source.check_unchanged()
     _read_back(path, specs)
@@ -122,26 +122,6 @@ def _least_variances(plan: Plan) -> dict[str, float]:
     """What each variance has to exceed: below, its square root is none."""
     modules = plan.skeleton.model.named_modules() if plan.skeleton.model else ()
     return {f"{name}.running_var": -float(one.eps) for name, one in modules if hasattr(one, "running_var")}
-
-
-def _check_dropped(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Sources that may be dropped only while they are zero, or what timm computes."""
-    held = {name: drop for name, drop in plan.drops.items() if drop.zeros or drop.buffer}
-    own = plan.unchanged or plan.skeleton  # the user may have asked for other sizes
-    buffers = compute_buffers(own) if any(drop.buffer for drop in held.values()) else {}
-    for name, drop in held.items():
-        tensor = checkpoint.tensors[name]
-        values = to_torch(tensor.read(), tensor.spec)
-        if drop.zeros and values.count_nonzero():
-            reason = f"is not zero, and can be dropped only as zeros: {drop.reason}"
-            raise CheckpointError(reason, file=checkpoint.path, tensor=name)
-        match = drop.pattern.match(plan.mapping.stripped(name))
-        if drop.buffer and match:
-            (place,) = drop.buffer.render(match.captures)
-            if not values.double().allclose(buffers[place].double(), rtol=0, atol=1e-5):  # sums in another order
-                reason = f"is not what {own.architecture} computes for itself: {drop.reason}"
-                cure = "name another model with --to, or arguments of this one with --arg"
-                raise CheckpointError(reason, file=checkpoint.path, tensor=name, cure=cure)
 
 
 def _divide(

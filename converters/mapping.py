@@ -162,7 +162,7 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
         for left, right in file.rules.items()
     ]
     for left, drop in file.drop.items():
-        rows.append(_drop(left, drop, pattern, lines))
+        rows.append(_drop(left, drop, pattern, file.ops, lines))
     if file.targets == "none" and not any(one.when == Evidence() for one in file.refuse):
         raise lines.error("without targets a family needs a reason: a `refuse` without `when`", "targets")
     references = file.reference if isinstance(file.reference, list) else [file.reference]
@@ -198,14 +198,20 @@ def _compile(file: MappingFile, name: str, path: Path, lines: Lines, title: str)
     )
 
 
-def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], lines: Lines) -> Drop:
+def _drop(left: str, drop: str | DropFile, pattern: Callable[..., Pattern], ops: dict[str, str], lines: Lines) -> Drop:
     parsed = pattern(left, "drop", left)
     if isinstance(drop, str):
         return Drop(lines.of("drop", left), parsed, drop)
-    buffer = None if drop.only == "zeros" else Template.parse(drop.only)
-    if buffer and (missing := buffer.fields - parsed.fields):
+    if drop.only == "zeros":
+        return Drop(lines.of("drop", left), parsed, drop.reason, zeros=True)
+    name, _, pipeline = _outside_braces(drop.only)
+    buffer = Template.parse(name.strip())
+    if missing := buffer.fields - parsed.fields:
         raise lines.error(f"`{buffer.text}`: {{{min(missing)}}} is captured nowhere on the left", "drop", left)
-    return Drop(lines.of("drop", left), parsed, drop.reason, drop.only == "zeros", buffer)
+    try:
+        return Drop(lines.of("drop", left), parsed, drop.reason, buffer=buffer, ops=Pipeline.parse(pipeline, ops))
+    except ValueError as error:
+        raise lines.error(str(error), "drop", left) from None
 
 
 def _value(fill: int | float | str | FillFile, *place: str, lines: Lines) -> tuple[int | float | str, str]:

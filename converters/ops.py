@@ -11,6 +11,7 @@ An op takes a list of tensors and gives a list. It is written as one of
     flip 1                          an axis reversed (BGR to RGB)
     zeros 1                         a tensor of zeros beside the others, at place 1, like the first (a missing key bias)
     each                            every tensor is a stack along its first axis, and what follows is for each layer
+    without 1                       the tensor at place 1 is left out (a key bias that softmax does not see)
     sum                             several tensors of one shape are added
     sub                             the others are subtracted from the first
     abs                             every element's magnitude
@@ -22,9 +23,9 @@ An op takes a list of tensors and gives a list. It is written as one of
     std_eps 1e-5 1e-8               a kernel, by output channels (axis 0), is scaled so that to divide it by the root of
                                     its variance + 1e-8 is to divide it, as it came, by its standard deviation + 1e-5
 
-and ops in a row are separated by `|`. Those up to `each` only move elements and derive their own inverse; the
-others calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of its own: on
-torch's meta device it computes them, so a plan checks whole chains before a byte is read.
+and ops in a row are separated by `|`. Those up to `each` only move elements and derive their own inverse; those
+behind `without` calculate, and leave float64 for whoever stores it to round once. An op has no face for shapes of
+its own: on torch's meta device it computes them, so a plan checks whole chains before a byte is read.
 
 >>> import torch
 >>> [t.shape for t in Pipeline.parse("cat | (n d) i -> n d i, n=3").run([torch.empty(4, 5)] * 3)]
@@ -247,15 +248,16 @@ def _zeros(text: str, place: int) -> Op:
             raise ValueError(f"{len(tensors)} tensors have no place {place} beside them")
         return [*tensors[:place], tensors[0].new_zeros(tensors[0].shape), *tensors[place:]]
 
-    return Op(text, run, lambda shapes: _without(place))
+    return Op(text, run, lambda shapes: _without(f"without {place}", place))
 
 
-def _without(place: int) -> Op:
-    return Op(
-        f"without {place}",
-        lambda tensors, parts: [*tensors[:place], *tensors[place + 1 :]],
-        lambda shapes: _zeros(f"zeros {place}", place),
-    )
+def _without(text: str, place: int) -> Op:
+    def run(tensors: Tensors, parts: int) -> Tensors:
+        if place >= len(tensors):
+            raise ValueError(f"{len(tensors)} tensors have no place {place}")
+        return [*tensors[:place], *tensors[place + 1 :]]
+
+    return Op(text, run, None)
 
 
 def _each(layer: Pipeline) -> Op:
@@ -299,7 +301,13 @@ def _calculating(text: str, function: Callable[[Tensors], Tensors]) -> Op:
 
 
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
-_MOVING: dict[str, Callable[[str, int], Op]] = {"cat": _cat, "chunk": _chunk, "flip": _flip, "zeros": _zeros}
+_MOVING: dict[str, Callable[[str, int], Op]] = {
+    "cat": _cat,
+    "chunk": _chunk,
+    "flip": _flip,
+    "zeros": _zeros,
+    "without": _without,
+}
 _GATHERING: dict[str, Callable[[Tensors], Tensors]] = {"abs": magnitude, "sqrt": root, "sub": difference, "sum": total}
 _CONSTANT: dict[str, Callable[..., Tensors]] = {
     "add": add,

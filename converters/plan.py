@@ -174,7 +174,11 @@ class _Draft:
         self.drops[item.spec.name] = row
         if row.buffer and item.match:
             (name,) = row.buffer.render(item.match.captures)
-            if (there := self.skeleton.buffers.get(name, ())) != item.spec.shape:
+            there: tuple[int, ...] = ()
+            with suppress(OpError, KeyError):
+                parts = len(row.pattern.choices) or 1
+                there = row.ops.shapes([self.skeleton.buffers[name]], parts)[item.match.choice]
+            if there != item.spec.shape:
                 detail = f"{size_of(item.spec.shape)} here, {size_of(there)} in timm"
                 self.problems.append(Problem("shape", item.spec.name, item.spec, (row,), detail))
 

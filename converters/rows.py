@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from converters.names import Match, Pattern, Template, split
-from converters.ops import Pipeline
+from converters.ops import IDENTITY, Pipeline
 
 __all__ = ["Drop", "Fill", "Leaf", "Leaves", "Numbered", "Numbering", "Rule", "Stack", "Way", "most_specific"]
 
@@ -58,7 +58,8 @@ class Drop:
     pattern: Pattern
     reason: str
     zeros: bool = False  # its values must be zero
-    buffer: Template | None = None  # its shape and values must be those that timm computes
+    buffer: Template | None = None  # its shape and values must be those that timm computes, behind the ops
+    ops: Pipeline = IDENTITY
 
     @property
     def text(self) -> str:

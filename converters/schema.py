@@ -48,7 +48,7 @@ class RowFile(_Strict):
 class Evidence(_Strict):
     """What a checkpoint shows of its origin: all that it names must be there."""
 
-    source: str | list[str | list[str]] | None = None  # a module or tensor, as a pattern, or one of these; a list: all
+    source: str | list[str | list[str]] | None = None  # what `detect` would have, or one of these; a list: all
     metadata: str | list[str] | None = None  # this text, or one of these, in what the checkpoint says of itself
     without: str | None = None  # a text that is not there
 
@@ -83,7 +83,9 @@ class DropFile(_Strict):
     """A source that may be dropped only if its values are what its place in timm would have."""
 
     reason: Annotated[str, _SOME]
-    only: Annotated[str, _SOME]  # "zeros", or the name of timm's own buffer
+    only: Annotated[
+        str, _SOME
+    ]  # "zeros", or timm's own buffer, and ops that lay it out or give each word on the left its part
 
 
 class FillFile(_Strict):
@@ -127,7 +129,7 @@ class MappingFile(_Strict):
     unstack: dict[str, str] = {}  # modules whose tensors are stacks: the name that layer {i} of them has for the rows
     ops: dict[str, str] = {}
     drop: dict[str, Annotated[str, _SOME] | DropFile] = {}
-    fill: dict[str, int | float | str | FillFile] = {}  # a value, or the name of a formula: sincos2d
+    fill: dict[str, int | float | str | FillFile] = {}  # a value, or the name of a formula: identity, sincos2d
     # a number, or a pattern of the source's modules: the target's, counted through; a list: in the target's order
     enumerate: dict[str, str | Annotated[list[str], _SOME]] = {}
     tables: dict[str, Annotated[dict[str, int], _SOME] | Annotated[dict[str, str], _SOME]] = {}

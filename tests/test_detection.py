@@ -152,6 +152,7 @@ def test_a_family_without_a_reference_has_none(source):
 
 PYTORCH = "model = dict(backbone=dict(type='ResNet', depth=18, style='pytorch'))"
 DEEPLAB = "backbone=dict(\n    type='ResNetV1c', strides=(1, 2, 1, 1),\n    dilations=(1, 1, 2, 4))"
+MMENGINE = DEEPLAB.replace("(1, 1, 2, 4)", "(\n        1,\n        1,\n        2,\n        4,\n    )")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,8 @@ DEEPLAB = "backbone=dict(\n    type='ResNetV1c', strides=(1, 2, 1, 1),\n    dila
         ({"cfg": PYTORCH.replace("pytorch", "caffe")}, "the stride of a block is on its 1x1 convolution"),
         ({"cfg": PYTORCH.replace("'pytorch'", '"caffe"')}, "the stride of a block is on its 1x1 convolution"),
         ({"cfg": DEEPLAB}, "its stages are dilated"),
+        ({"cfg": MMENGINE}, "its stages are dilated"),
+        ({"cfg": MMENGINE + ", contract_dilation=True"}, "its stages are dilated, and in blocks of two convolutions"),
         ({"cfg": PYTORCH.replace("ResNet", "TridentResNet")}, "it is a TridentNet"),
         ({"cfg": "something else"}, 2),
         ({"cfg": {1: float("nan"), "x": [None]}}, 2),

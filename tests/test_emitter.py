@@ -5,7 +5,6 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from converters.folders import new_folder
 from converters.plan import make_plan
 from converters.readers.files import SourceFile
 from converters.routes import route
-from converters.target import Skeleton, build_skeleton, compute_buffers
+from converters.target import Skeleton
 from converters.tensors import DTYPES, LazyTensor, TensorSpec
 
 Tensors = dict[str, torch.Tensor]
@@ -105,9 +104,9 @@ def test_ops_run_on_the_way(emit):
 
 
 def test_a_gather_and_a_fill(family, checkpoint, tmp_path):
-    mapping = family("rules:\n  '{q|k}': x | cat\nfill: {x.n: 7, x.s: 0.5}")
+    mapping = family("rules:\n  '{q|k}': x | cat\nfill: {x.n: 7, x.s: 0.5, x.k: identity}")
     tensors = {"k.w": torch.full((2,), 2.0), "q.w": torch.full((2,), 1.0)}
-    targets = {"x.w": torch.empty(4), "x.n": torch.tensor(0), "x.s": torch.empty(2)}
+    targets = {"x.w": torch.empty(4), "x.n": torch.tensor(0), "x.s": torch.empty(2), "x.k": torch.empty(3, 3, 3, 5)}
     source = checkpoint(tensors)
     skeleton = Skeleton("tiny", {}, checkpoint(targets).specs, None)
     write_tensors(make_plan(mapping, route(mapping, source.specs), skeleton), source, tmp_path / "a", dtype="bfloat16")
@@ -115,37 +114,8 @@ def test_a_gather_and_a_fill(family, checkpoint, tmp_path):
     assert found["x.w"].tolist() == [1, 1, 2, 2]
     assert (found["x.n"].item(), found["x.n"].dtype) == (7, torch.int64)
     assert (found["x.s"].tolist(), found["x.s"].dtype) == ([0.5, 0.5], torch.bfloat16)
-
-
-def test_what_may_be_dropped_only_as_zeros(family, checkpoint, tmp_path):
-    mapping = family("rules:\n  w: w\ndrop: {k: {reason: no key bias in timm, only: zeros}}")
-    skeleton = Skeleton("tiny", {}, checkpoint({"w": torch.ones(2)}).specs, None)
-    for name, bias in (("a", torch.zeros(2)), ("b", torch.tensor([0, 1e-30]))):
-        source = checkpoint({"w": torch.ones(2), "k": bias})
-        plan = make_plan(mapping, route(mapping, source.specs), skeleton)
-        if name == "a":
-            write_tensors(plan, source, tmp_path / name)
-        else:
-            with pytest.raises(CheckpointError, match=r"source.pth: k: is not zero, and .*: no key bias in timm"):
-                write_tensors(plan, source, tmp_path / name)
-
-
-def test_what_may_be_dropped_only_as_timms_own_buffer(family, checkpoint, tmp_path):
-    """Of windows of 8 or 16 pixels nothing else tells: the weights have one shape."""
-    rows = "rules:\n  layers: layers\ndrop:\n  '{*}': {reason: timm has its own, only: NAME}"
-    table = "layers.0.blocks.0.attn.relative_coords_table"
-    mapping = family(rows.replace("NAME", table))
-    skeleton = build_skeleton("swinv2_tiny_window8_256", {"depths": [1, 1, 1, 1]})
-    skeleton = replace(skeleton, specs={})
-    right = compute_buffers(skeleton)[table]
-    assert right.shape == (1, 15, 15, 2)
-    for given, problem in ((right, None), (right * 1.1, "is not what swinv2_tiny_window8_256 computes for itself: ")):
-        source = checkpoint({"table": given})
-        plan = make_plan(mapping, route(mapping, source.specs), skeleton)
-        with pytest.raises(CheckpointError, match=problem) if problem else nullcontext():
-            write_tensors(plan, source, tmp_path / str(problem is None))
-    (problem,) = make_plan(mapping, route(mapping, checkpoint({"table": torch.ones(1, 31, 31, 2)}).specs), skeleton)
-    assert (problem.kind, problem.detail) == ("shape", "1x31x31x2 here, 1x15x15x2 in timm")
+    image = torch.arange(1.0, 106).reshape(1, 3, 5, 7)
+    assert torch.equal(torch.conv2d(image, found["x.k"].float(), padding=(1, 2)), image)
 
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")

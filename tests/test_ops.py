@@ -141,6 +141,12 @@ def test_std_eps_makes_one_standardisation_another():
     torch.testing.assert_close((scaled - mean) / (variance + 1e-8).sqrt(), wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_without_loses_what_it_leaves_out():
+    pipeline, source = Pipeline.parse("split 1 1 1 | without 1"), torch.arange(6)
+    assert [part.tolist() for part in pipeline.run([source], 2)] == [[0, 1], [4, 5]]
+    assert not pipeline.lossless
+
+
 def test_a_standardised_kernel():
     kernel = torch.randn(5, 4, 3, 3)
     (found,) = Pipeline.parse("standardize 1e-3").run([kernel])
@@ -165,7 +171,7 @@ def test_named_ops():
     [
         (
             "transpose",
-            "`transpose` is no op; there are cat, chunk, flip, zeros, split, copy, abs, sqrt, sub, sum, ",
+            "`transpose` is no op; there are cat, chunk, flip, zeros, without, split, copy, abs, sqrt, sub, sum, ",
         ),
         ("cat one", "`cat one`: cat takes the number of an axis or a place, and nothing else"),
         ("flip -1", "`flip -1`: flip takes the number of an axis or a place, and nothing else"),
@@ -210,6 +216,7 @@ def test_invalid_op(text, problem):
         ("chunk", [()], 2, "`chunk` does not take (): "),
         ("sum", [(2,), (3,)], 1, "`sum` does not take (2,), (3,): "),
         ("zeros 3", [(2,), (2,)], 3, "`zeros 3` does not take (2,), (2,): 2 tensors have no place 3 beside them"),
+        ("without 2", [(2,), (2,)], 1, "`without 2` does not take (2,), (2,): 2 tensors have no place 2"),
         ("", [(2,), (3,)], 1, "`no op` gives 2 tensors for 1 names"),
         ("cat", [(2,), (3,)], 2, "`cat` gives 1 tensors for 2 names"),
     ],

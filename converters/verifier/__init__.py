@@ -118,7 +118,9 @@ def verify(
     )
     if mutants and verdict.passed:
         tell("comparing mutants")
-        proof = run_mutants(subject.directory, recording, weights=weights, deviation=subject.deviation, models=models)
+        filled = [name for name, origin in subject.tensors.items() if "fill" in origin]
+        known: dict[str, Any] = {"weights": weights, "deviation": subject.deviation, "filled": filled, "models": models}
+        proof = run_mutants(subject.directory, recording, **known)
         verdict = replace(verdict, mutants=proof)
     _write(subject.directory / "verification.json", verdict.to_json())
     note_verification(subject.directory, str(verdict).splitlines()[0])

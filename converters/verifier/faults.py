@@ -37,6 +37,10 @@ class Fault:
     values: dict[str, Any] = field(default_factory=dict)  # other tensors for these names of the state dict
     eps: dict[str, float] = field(default_factory=dict)  # another eps for these modules
 
+    def tensors(self, model: Any) -> set[str]:
+        """Those that it is about: with an eps, its module's."""
+        return {name for name in model.state_dict() if name in self.values or name.rpartition(".")[0] in self.eps}
+
     def changes(self, model: Any) -> bool:
         """Whether the model would not be the same, bit for bit."""
         import torch

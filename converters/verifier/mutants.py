@@ -9,7 +9,7 @@ listed and drawn again elsewhere. A mutant that moves an output and passes leave
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,16 @@ def run_mutants(
     seed: int = 0,
     weights: Mapping[str, Any] | None = None,
     deviation: Sequence[Mapping[str, Any]] = (),
+    filled: Iterable[str] = (),
     models: Mapping[str, Any] | None = None,
 ) -> Mutants:
     """Damage the emitted folder's model in memory, in one way after another, and compare it with the recording.
 
     Only the target runs: on one probe, in the recording's best precision. `weights` stand in the place of the
-    folder's own; `models` are those that are loaded already, by precision. Where the modules that the mapping's
-    `deviation` names can be given what the source's have, and are exact then, mutants are judged so; else by the error
-    that is declared. Raises TargetError.
+    folder's own; `filled` are tensors that the source does not have, whose faults count where a compared output moves;
+    `models` are those that are loaded already, by precision. Where the modules that the mapping's `deviation` names can
+    be given what the source's have, and are exact then, mutants are judged so; else by the error that is declared.
+    Raises TargetError.
     """
     with single_threaded():
         precision = "float64" if "float64" in recording.outputs else "float32"
@@ -107,7 +109,7 @@ def run_mutants(
             name: (models or {}).get(name) or load_target(directory, name, weights)
             for name in sorted({"float64", precision})
         }
-        trial = _Trial(ready, recording, precision, sum(one["bound"] for one in deviation))
+        trial = _Trial(ready, recording, precision, sum(one["bound"] for one in deviation), frozenset(filled))
         if deviation:
             trial.mend(deviation)
         found = [one for number, kind in enumerate(KINDS) for one in _try(trial, kind, number, seed)]
@@ -140,8 +142,10 @@ def _drawn(places: list[str], draw: int, rng: np.random.Generator) -> list[str]:
 class _Trial:
     """The models that are damaged, and what they are compared with."""
 
-    def __init__(self, models: dict[str, Any], recording: Recording, precision: str, allowed: float) -> None:
-        self.models, self.model, self.allowed = models, models["float64"], allowed
+    def __init__(
+        self, models: dict[str, Any], recording: Recording, precision: str, allowed: float, filled: frozenset[str]
+    ) -> None:
+        self.models, self.model, self.allowed, self.filled = models, models["float64"], allowed, filled
         self.probe = "normal" if "normal" in recording.inputs else next(iter(recording.inputs))
         self.x, self.names = recording.inputs[self.probe], sorted(recording.output_names, key=_order)
         self.reference = {precision: recording.outputs[precision][self.probe]}
@@ -173,8 +177,9 @@ class _Trial:
             if all(comparison.passed for comparison in comparisons):
                 comparisons = self._compare(self.names)
             detected = not all(comparison.passed for comparison in comparisons)
-            damaged = {} if detected else self._everything()
-        if not detected and not _differ(damaged, self._everything()):
+            shown = [] if detected else self._shown(fault)
+            damaged = self._run(shown)
+        if not detected and not _differ(damaged, self._run(shown)):
             return "no output moves: the input or a gain behind it is zero, or the function does not depend on it"
         worst = max(comparisons, key=lambda comparison: comparison.share)
         return max(worst.sample_errors, default=math.inf), worst.share, detected
@@ -188,12 +193,15 @@ class _Trial:
         reference = {precision: {self.probe: _first(outputs, samples)} for precision, outputs in self.reference.items()}
         return compare(reference, target, names, allowed=self.allowed)
 
-    def _everything(self) -> dict[str, np.ndarray]:
-        """The compared outputs and the model's last one, which may not be among them."""
-        names = self.names
-        if not gives_features(self.model):
-            names = [*names, "logits" if self.model.num_classes else "pre_logits"]
-        return run_model(self.model, self.x.astype("float64"), names)
+    def _shown(self, fault: Fault) -> list[str]:
+        """The outputs that may show a fault: those compared and, of what is the source's, the model's last."""
+        own = fault.tensors(self.model)
+        if gives_features(self.model) or (own and own <= self.filled):
+            return self.names
+        return [*self.names, "logits" if self.model.num_classes else "pre_logits"]
+
+    def _run(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        return run_model(self.model, self.x.astype("float64"), names) if names else {}
 
 
 def _order(output: str) -> tuple[int, int]:

@@ -256,3 +256,13 @@ def test_a_caffe_style_is_refused_where_the_file_says_so(workers: Workers, tmp_p
     verdict = verify(tmp_path / "out", tmp_path / "bare.pth", workers=workers)
     assert verdict.passed  # against MMDetection's default style, which these weights then have
     assert np.isfinite([max(one.sample_errors) for one in verdict.comparisons]).all()
+
+
+def test_rotary_tables_that_timm_does_not_compute_are_refused(tmp_path: Path) -> None:
+    """MMPretrain's EVA02 has the right ones from published files; by those that it computes it is another function."""
+    model = {"type": "ViTEVA02", "arch": "tiny", "img_size": 56, "patch_size": 14}
+    source = write_checkpoint({"framework": "mmpretrain", "model": model}, tmp_path / "source.pth")
+    family = ["--family", "mmlab/eva02", "--to", "eva02_tiny_patch14_224", "--allow-deviation"]
+    done = CliRunner().invoke(app, ["convert", str(source), "-o", str(tmp_path / "out"), *family])
+    assert done.exit_code == 1 and not (tmp_path / "out").exists()
+    assert "freqs_cos: is not what eva02_tiny_patch14_224 computes for itself" in done.stderr, done.output

@@ -175,6 +175,14 @@ def test_a_comparison_that_sees_too_little_is_unproven(make: Make) -> None:
     assert found.document()["undetected"] == found.undetected
 
 
+def test_what_the_source_does_not_have_need_not_show(make: Make) -> None:
+    """The head moves the logits alone, and they are not compared."""
+    folder, recording = make("test_vit", outputs=("forward_features",), img_size=64)
+    assert not all(run_mutants(folder, recording, seed=seed).passed for seed in range(4))
+    head = ["head.weight", "head.bias"]
+    assert all(run_mutants(folder, recording, seed=seed, filled=head).passed for seed in range(4))
+
+
 def test_a_bound_that_lets_everything_pass_is_unproven(make: Make) -> None:
     """The function differs by what is declared, and no module can be given the source's part in it."""
     folder, recording = make("test_resnet")

@@ -185,6 +185,10 @@ class Half(Net):
     def forward(self, x):
         return self.fc(x.mean((2, 3))).softmax(-1, dtype=torch.float32).to(x.dtype)
 
+class Placed(Net):
+    def forward(self, x):
+        return self.fc(x.mean((2, 3))) + self.fc(torch.arange(3).float().sin())
+
 def reading(path, scale=1):
     state = torch.load(path, weights_only=True)
     return lambda x: {"logits": x.mean((2, 3)) @ state["fc.weight"].numpy().T.astype(x.dtype) * scale}
@@ -248,6 +252,14 @@ def test_a_model_that_leaves_float64_says_so(net, runner):
     with pytest.raises(TypeError, match="the model computes parts of it in float32"):
         runner("python").build(given, "float64")[0](X.astype("float64"))
     assert runner("python").build(given, "float32")[0](X)["0"].shape == (2, 2)
+
+
+def test_what_a_model_makes_in_float32_for_itself_is_widened(net, runner):
+    given = job(net / "weights.pth", {"module": str(net / "net.py"), "factory": "Placed"})
+    found = runner("python").build(given, "float64")[0](X.astype("float64"))["0"]
+    single = runner("python").build(given, "float32")[0](X)["0"]
+    assert found.dtype == "float64"
+    np.testing.assert_allclose(found, single, rtol=1e-4, atol=1e-6)
 
 
 def test_torchvision_confirms_a_conversion(resnet, tmp_path):

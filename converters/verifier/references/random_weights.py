@@ -16,10 +16,19 @@ from typing import Any
 
 __all__ = ["AROUND", "save_pretrained", "surround", "write_weights"]
 
-AROUND = {  # of a detector
-    "neck.lateral_convs.0.conv.weight": (256, 64, 1, 1),
-    "neck.lateral_convs.0.conv.bias": (256,),
-    "bbox_head.fc_cls.weight": (81, 1024),
+AROUND = {  # what else there is, by the place of the model in the whole
+    "backbone.": {  # of a detector
+        "neck.lateral_convs.0.conv.weight": (256, 64, 1, 1),
+        "neck.lateral_convs.0.conv.bias": (256,),
+        "bbox_head.fc_cls.weight": (81, 1024),
+    },
+    "visual.": {  # of a zero-shot classifier
+        "token_embedding.weight": (49408, 512),
+        "transformer.resblocks.0.ln_1.weight": (512,),
+        "visual_proj.proj": (768, 512),
+        "logit_scale": (),
+    },
+    "vision_backbone.": {"text_backbone.encoder.weight": (1,), "vision_projection": (768, 512), "logit_scale": ()},
 }
 
 
@@ -29,6 +38,7 @@ def write_weights(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> 
     seed       0
     input      shape of the calibration batch, NCHW; [8, 3, 64, 64], or what a Keras model asks for
     prefix     where the model lies in a larger one, whose other parts are added
+    known      an .npz of the tensors that are not random
     training   true adds what a training run leaves beside the weights: logs, schedules, weights without EMA
     """
     model = find_runner(job["runner"]).construct(job)
@@ -42,16 +52,15 @@ def write_weights(job: Mapping[str, Any], find_runner: Callable[[str], Any]) -> 
 
 
 def surround(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A state dict inside that of a detector."""
+    """A state dict inside that of the whole."""
     import torch
 
-    if not prefix:
-        return OrderedDict(state)
-    around = {name: torch.randn(shape) for name, shape in AROUND.items()}
+    around = {name: torch.randn(shape) for name, shape in AROUND.get(prefix, {}).items()}
     return OrderedDict([*((prefix + name, value) for name, value in state.items()), *around.items()])
 
 
 def _write_torch(model: Any, job: Mapping[str, Any]) -> None:
+    import numpy as np
     import torch
 
     torch.manual_seed(job.get("seed", 0))
@@ -61,6 +70,9 @@ def _write_torch(model: Any, job: Mapping[str, Any]) -> None:
                 value.copy_(_draw(name, value, "Embedding" in type(module).__name__))
         _calibrate(model, torch.randn(job.get("input", [8, 3, 64, 64])))
     state = surround(model.state_dict(), job.get("prefix", ""))
+    if "known" in job:
+        with np.load(job["known"], allow_pickle=False) as known:
+            state.update({name: torch.from_numpy(known[name]) for name in known.files})
     if job["runner"].startswith("mm"):
         _save_mmlab(state, job)
     elif hasattr(model, "save_pretrained"):

@@ -25,12 +25,18 @@ from torch_models import answering, fill, mend, read_state
 
 __all__ = ["build", "build_model", "construct"]
 
+PLACES = {  # of the backbone in a whole model: in its config, and in the names of its tensors
+    "backbone": ["backbone."],
+    "image_encoder": ["image_encoder.0."],
+    "vision_backbone": ["visual.", "vision_backbone."],
+}
+
 
 def build(job: Mapping[str, Any], precision: str) -> tuple[Any, dict[str, Any]]:
     """The model with the checkpoint's weights, in eval mode."""
     model = build_model(job["runner"], job.get("model") or _config(job["config"]))
     model.to(getattr(torch, precision))
-    facts = fill(model, read_state(job, "state_dict"), ["backbone."])
+    facts = fill(model, read_state(job, "state_dict"), [prefix for prefixes in PLACES.values() for prefix in prefixes])
     mend(model, job.get("mend", {}))
     call = functools.partial(model, mode="tensor") if hasattr(model, "backbone") else None
     return answering(model, job["outputs"], call), facts
@@ -43,8 +49,9 @@ def construct(job: Mapping[str, Any]) -> torch.nn.Module:
 
 def build_model(scope: str, config: Mapping[str, Any]) -> torch.nn.Module:
     """A model from its config dict, by the registry of `scope`, with whatever weights it starts from."""
-    if "backbone" in config and not str(config["type"]).endswith("ImageClassifier"):
-        config = config["backbone"]
+    if not str(config["type"]).endswith("ImageClassifier"):
+        inner = next((config[part] for part in PLACES if part in config), config)
+        config = inner[0] if isinstance(inner, list) else inner
     with _compatible():
         importlib.import_module(f"{scope}.models")
         from mmengine.registry import MODELS, init_default_scope

@@ -61,7 +61,8 @@ def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], prefixes: It
         OrderedDict((name[len(prefix) :], value) for name, value in state.items() if name.startswith(prefix)),
         strict=False,
     )
-    missing = [name for name in missing if own[name].is_floating_point()]  # counters and index tables fill themselves
+    # counters and index tables fill themselves, and so does what the model throws away as it loads
+    missing = [name for name in missing if own[name].is_floating_point() and prefix + name not in state]
     if missing:
         raise ValueError(f"the checkpoint does not fill the model: it lacks {_several(missing)}")
     outside = [name for name in state if not name.startswith(prefix)]
@@ -84,6 +85,8 @@ def answering(
     model.eval()
     inside: dict[str, np.ndarray] = {}
     modules = dict(model.named_modules())
+    for module in modules.values():
+        module.register_forward_pre_hook(_widen)
     for path in {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys() - {""}:
         modules[path].register_forward_hook(_listen(inside, path))
 
@@ -95,6 +98,13 @@ def answering(
 
     run.modules = Modules(model, run)  # type: ignore[attr-defined]
     return run
+
+
+def _widen(module: torch.nn.Module, inputs: Any) -> Any:
+    """What a model makes in float32 for itself, such as sines of positions, before it meets float64 weights."""
+    if not any(parameter.dtype == torch.float64 for parameter in module.parameters(recurse=False)):
+        return None
+    return tuple(x.double() if isinstance(x, torch.Tensor) and x.dtype in LESS else x for x in inputs)
 
 
 def mend(model: torch.nn.Module, places: Mapping[str, str]) -> None:
