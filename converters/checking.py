@@ -233,8 +233,9 @@ def _compare(
             how = {"family": mapping.name, "target": question.target}
         how["img_size"] = question.img_size
         planned = convert(source, out, **how, dry_run=True)
-        if known := dict(known_values(planned.plan, planned.checkpoint)):
-            numpy.savez(folder / "known.npz", **known)
+        known = {name: value.numpy() for name, value in known_values(planned.plan, planned.checkpoint)}
+        if known:
+            numpy.savez(folder / "known.npz", allow_pickle=False, **known)
             run_task({**job, "known": str(folder / "known.npz")}, **ways)
         done = convert(source, out, **how, overwrite=True, allow_deviation=True)
         return route(mapping, done.checkpoint.specs), verify(out, source, mutants=mutants, quick=True, **ways)

@@ -103,8 +103,8 @@ def follow(
         raise Homeless(str(error)) from error
     if not item.match.rest:
         return names, way.ops
-    modules, leaf = _leaf(mapping, item.match.rest, len(item.spec.shape))
-    tail = ".".join((*modules, leaf.name))
+    parents, leaf = _leaf(mapping, item.match.rest, len(item.spec.shape))
+    tail = ".".join((*parents, leaf.name))
     return tuple(f"{name}.{tail}" for name in names), leaf.ops + way.ops
 
 
