@@ -50,6 +50,8 @@ def own_sizes(skeleton: Skeleton, problems: Iterable[Problem]) -> dict[str, Any]
     """The arguments with which the architecture would have the source's sizes; none where they are not the cause."""
     args: dict[str, Any] = {}
     for problem in problems:
+        if problem.kind == "shape" and problem.spec.name not in skeleton.specs:
+            continue  # of a source that may be dropped as timm's own buffer, which follows the sizes
         found = _own_size(skeleton, problem) if problem.kind == "shape" else None
         if found is None:
             return {}
