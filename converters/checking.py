@@ -25,6 +25,7 @@ from converters.errors import ConverterError, MappingError
 from converters.lint import Finding, lint_closings, lint_file
 from converters.mapping import Mapping, load_mapping
 from converters.routes import Route, route
+from converters.rows import Drop
 from converters.verifier import Verdict, verify
 from converters.verifier.references.__main__ import RUNNERS
 from converters.verifier.worker import Workers, run_task
@@ -232,11 +233,12 @@ def _compare(
         if question.rebuilt:  # such shapes may be another target's
             how = {"family": mapping.name, "target": question.target}
         how["img_size"] = question.img_size
-        planned = convert(source, out, **how, dry_run=True)
-        known = {name: value.numpy() for name, value in known_values(planned.plan, planned.checkpoint)}
-        if known:
-            numpy.savez(folder / "known.npz", allow_pickle=False, **known)
-            run_task({**job, "known": str(folder / "known.npz")}, **ways)
+        if any(isinstance(row, Drop) and (row.zeros or row.buffer) for row in mapping.rows):
+            planned = convert(source, out, **how, dry_run=True)
+            known = {name: value.numpy() for name, value in known_values(planned.plan, planned.checkpoint)}
+            if known:
+                numpy.savez(folder / "known.npz", allow_pickle=False, **known)
+                run_task({**job, "known": str(folder / "known.npz")}, **ways)
         done = convert(source, out, **how, overwrite=True, allow_deviation=True)
         return route(mapping, done.checkpoint.specs), verify(out, source, mutants=mutants, quick=True, **ways)
     finally:
