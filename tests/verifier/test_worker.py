@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import sys
 import threading
 import time
@@ -107,6 +108,15 @@ def test_a_worker_that_hangs_is_killed_with_its_children(tmp_path):
     assert gone(tmp_path / "child")
 
 
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, also where these tests are a job in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_kills_the_worker(tmp_path):
     python = interpreter(tmp_path, HANG.format(path=str(tmp_path / "child")))
 
