@@ -7,7 +7,6 @@ checkpoint of random weights, which is converted and verified, and so are mutant
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -102,18 +101,19 @@ def check(
     *,
     targets: Sequence[str] = (),
     everything: bool = False,
-    largest: float = math.inf,
-    parity: bool = True,
+    parity: bool | Callable[[Case, bool], bool] = True,
     img_size: int | None = None,
     python: str | None = None,
     timeout: float = 900.0,
     workers: Workers | None = None,
     progress: Callable[[str], None] | None = None,
+    proved: Callable[[Case], None] | None = None,
 ) -> Check:
     """Check a family, or a mapping file by its path, on some of its `targets` or on all.
 
-    `everything` has parity run on every target of up to `largest` parameters, without mutants where a smaller target
-    has them; `parity=False` on none. `img_size` in pixels is for models that take any size. `python` is the
+    `everything` has parity run on every target, without mutants where a smaller target has them; `parity=False` on
+    none, or on those only of which it says so, told what closes and whether there would be mutants. Each is told to
+    `proved` as soon as it is done. `img_size` in pixels is for models that take any size. `python` is the
     interpreter that has the source framework, `timeout` in seconds is for each of its runs, which `workers` do, if
     they are to live on. Raises ConverterError when the mapping cannot be read or the framework is not there.
     """
@@ -137,13 +137,17 @@ def check(
         answered = [one for one in answers.values() if isinstance(one, Closing)]
         seen = [(one.routes, one.plan) for one in answered]
         closings = [one for one in answered if one.outcome == "closes"]
-        smallest = _smallest(closings) if parity else []
-        more = [one for one in closings if one not in smallest and one.question.parameters <= largest]
-        for closing in smallest + more * (parity and everything):
-            tell(f"proving {closing.question.target}")
-            case, routes = _prove(mapping, closing, img_size, folder, ways, mutants=closing in smallest)
-            cases[case.target, closing.question.number] = case
-            seen.append((routes, None))
+        wanted = parity if callable(parity) else lambda case, mutants: parity
+        smallest = _smallest(closings)
+        more = [one for one in closings if one not in smallest] if everything else []
+        for closing in smallest + more:
+            at, mutants = (closing.question.target, closing.question.number), closing in smallest
+            if wanted(cases[at], mutants):
+                tell(f"proving {at[0]}")
+                cases[at], routes = _prove(mapping, closing, img_size, folder, ways, mutants)
+                seen.append((routes, None))
+                if proved:
+                    proved(cases[at])
     if not targets:
         findings += [*lint_closings(mapping, seen), *_idle(mapping, answers)]
     return Check(mapping, tuple(findings), tuple(cases[at] for at in answers if at in cases))

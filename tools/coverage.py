@@ -3,9 +3,10 @@
     python tools/coverage.py [FAMILY...] [--all | --up-to MILLIONS]
 
 checks the families (see converters/checking.py): every target is closed, and the smallest of each reference is run
-against the source framework, with mutants; with --all each is run, or each of up to so many million parameters,
-except for families of which all that is known already. Results are kept in tools/coverage/, a file for
-each family, from which the table is rendered; one of parity stays until its mapping changes. `--render` runs nothing.
+against the source framework, with mutants; with --all each is run, or each of up to so many million parameters, but
+for those of which parity is known already. Results are kept in tools/coverage/, a file for each family, from which
+the table is rendered: parity is written as soon as it was shown, and stays until the mapping changes, so that a run
+that was stopped goes on where it was. `--render` runs nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from collections.abc import Mapping as Dict
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.checking import Case, Check, check
-from converters.mapping import find_mappings, load_mapping
+from converters.mapping import Mapping, find_mappings, load_mapping
 from converters.verifier.worker import Workers
 
 ROOT = Path(__file__).parents[1]
@@ -46,23 +48,18 @@ What `timmport check` has shown, without anybody's weights. tools/coverage.py wr
 Row = dict[str, Any]
 
 
-def rows_of(found: Check, today: str) -> list[Row]:
-    """A row for each case."""
-    sha256 = digest_of(found.mapping.path)
-    return [
-        {
-            "family": found.mapping.name,
-            "reference": reference_of(case),
-            "target": case.target,
-            "outcome": case.outcome,
-            "worst_error": case.worst_error,
-            "smallest_margin": case.smallest_margin,
-            "versions": versions_of(case),
-            "date": today,
-            "family_sha256": sha256,
-        }
-        for case in found.cases
-    ]
+def row_of(mapping: Mapping, case: Case) -> Row:
+    return {
+        "family": mapping.name,
+        "reference": reference_of(case),
+        "target": case.target,
+        "outcome": case.outcome,
+        "worst_error": case.worst_error,
+        "smallest_margin": case.smallest_margin,
+        "versions": versions_of(case),
+        "date": date.today().isoformat(),
+        "family_sha256": digest_of(mapping.path),
+    }
 
 
 def digest_of(path: Path) -> str:
@@ -91,8 +88,7 @@ def identity(row: Row) -> tuple[str, ...]:
 
 
 def _better(shown: Row | None, row: Row) -> Row:
-    proved = shown is not None and shown["outcome"] in ("exact", "nearly")
-    kept = row["outcome"] == "not installed" or (row["outcome"] == "closes" and proved)
+    kept = row["outcome"] == "not installed" or (row["outcome"] == "closes" and proved(shown))
     return shown if shown and kept else row
 
 
@@ -109,7 +105,7 @@ def write_results(family: str, rows: list[Row]) -> None:
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", "utf-8")
 
 
-def render(results: Mapping[str, Iterable[Row]]) -> str:
+def render(results: Dict[str, Iterable[Row]]) -> str:
     """COVERAGE.md."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in (row for rows in results.values() for row in rows):
@@ -127,20 +123,45 @@ def figure(value: float | None, form: str) -> str:
 
 
 def run(families: Iterable[str], largest: float) -> Iterator[Check]:
-    """The checks, on workers that they share."""
+    """The checks, on workers that they share; what they show is written."""
     with Workers() as workers:
         for family in families:
             tell = partial(print, f"{family}:", flush=True)
-            if largest and all_known(family):
+            if largest and all(map(proved, rows_that_hold(family).values() or [None])):
                 tell("all of it is known")
             else:
-                yield check(family, everything=largest > 0, largest=largest, workers=workers, progress=tell)
+                yield run_one(family, largest, workers=workers, progress=tell)
 
 
-def all_known(family: str) -> bool:
-    """Whether parity has been shown of every target, for the mapping as it stands."""
-    rows, sha256 = read_results().get(family, []), digest_of(load_mapping(family).path)
-    return all(row["outcome"] in ("exact", "nearly") and row["family_sha256"] == sha256 for row in rows)
+def run_one(family: str, largest: float, **how: Any) -> Check:
+    """The check of a family, with parity up to so many parameters where results lack it; with 0 as by default."""
+    mapping, known = load_mapping(family), rows_that_hold(family)
+
+    def wanted(case: Case, mutants: bool) -> bool:
+        if not largest:
+            return True
+        shown = known.get(identity(row_of(mapping, case)))
+        fits = mutants or case.parameters <= largest
+        return fits and not (proved(shown) and (shown["smallest_margin"] is not None or not mutants))
+
+    def keep(case: Case) -> None:
+        row = row_of(mapping, case)
+        shown = {identity(one): one for one in read_results().get(family, [])}
+        write_results(family, list({**shown, identity(row): row}.values()))
+
+    found = check(family, everything=largest > 0, parity=wanted, proved=keep, **how)
+    write_results(family, merge(read_results().get(family, []), [row_of(mapping, case) for case in found.cases]))
+    return found
+
+
+def rows_that_hold(family: str) -> dict[tuple[str, ...], Row]:
+    """The rows of a family's mapping as it stands."""
+    sha256 = digest_of(load_mapping(family).path)
+    return {identity(row): row for row in read_results().get(family, []) if row["family_sha256"] == sha256}
+
+
+def proved(row: Row | None) -> bool:
+    return row is not None and row["outcome"] in ("exact", "nearly")
 
 
 def main(arguments: list[str]) -> int:
@@ -158,8 +179,6 @@ def main(arguments: list[str]) -> int:
         for case in found.cases:
             if case.outcome not in ("exact", "nearly", "closes", "refused", "no reference"):
                 print(f"{family}: {case.target} {case.runner}: {case.outcome}: {case.detail}")
-        rows = rows_of(found, date.today().isoformat())
-        write_results(family, merge(read_results().get(family, []), rows))
         worst = max(worst, found.exit_code)
     results = read_results()
     TABLE.write_text(render(results), "utf-8")
