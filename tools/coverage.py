@@ -30,10 +30,11 @@ from converters.verifier.worker import Workers
 
 ROOT = Path(__file__).parents[1]
 RESULTS, TABLE = ROOT / "tools" / "coverage", ROOT / "COVERAGE.md"
-COLUMNS = ("family", "reference", "target", "outcome", "worst error", "smallest margin", "versions", "date")
+COLUMNS = ("family", "line", "reference", "target", "outcome", "worst error", "smallest margin", "versions", "date")
 HEAD = """# Coverage
 
-What `timmport check` has shown, without anybody's weights. tools/coverage.py writes this file.
+What `timmport check` has shown, without anybody's weights. tools/coverage.py writes this file. The line is where the
+reference stands in its mapping file; behind its runner are the first and the last of the outputs that were compared.
 
 - **exact**: random weights, written by the source framework's own saver, gave the same outputs and activations on
   both sides. The worst error is relative to the largest value of a sample; 1e-10 passes. For the smallest target of
@@ -51,6 +52,7 @@ Row = dict[str, Any]
 def row_of(mapping: Mapping, case: Case) -> Row:
     return {
         "family": mapping.name,
+        "line": case.line,
         "reference": reference_of(case),
         "target": case.target,
         "outcome": case.outcome,
@@ -67,7 +69,7 @@ def digest_of(path: Path) -> str:
 
 
 def reference_of(case: Case) -> str:
-    """The runner and what is compared: an output, or the first and the last of several."""
+    """The runner and what is compared, for the table."""
     return ", ".join(dict.fromkeys([case.runner, *case.outputs[:1], *case.outputs[-1:]]))
 
 
@@ -84,7 +86,7 @@ def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 
 def identity(row: Row) -> tuple[str, ...]:
-    return tuple(row[key] for key in ("family", "reference", "target", "family_sha256"))
+    return tuple(row[key] for key in ("family", "line", "target", "family_sha256"))
 
 
 def _better(shown: Row | None, row: Row) -> Row:
@@ -111,7 +113,8 @@ def render(results: Dict[str, Iterable[Row]]) -> str:
     for row in (row for rows in results.values() for row in rows):
         versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
         figures = figure(row["worst_error"], ".1e"), figure(row["smallest_margin"], ".0e")
-        cells = (row["family"], row["reference"], row["target"], row["outcome"], *figures, versions, row["date"])
+        where = row["family"], str(row["line"] or ""), row["reference"]
+        cells = (*where, row["target"], row["outcome"], *figures, versions, row["date"])
         lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     lines += ["", "## Refused", ""]
     lines += [f"- {family}: {one.reason}" for family in find_mappings() for one in load_mapping(family).refuse]
